@@ -1,0 +1,105 @@
+"""One case: a system, a model, a batch, a precision; and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from albireo.errors import ConfigError
+
+__all__ = ["SYSTEMS", "Case", "CaseResult"]
+
+SYSTEMS = ("albireo", "plain", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+        system: "albireo"; or a reference: "plain" (a hand-written PyTorch loop with autocast) or "fsdp2".
+        model: an OPT size.
+        batch_size: samples per rank and step.
+        precision: "fp32", "fp16" or "bf16".
+        plugin: Albireo's plugin; the references have none.
+        sequence_length: tokens in a sample.
+        steps: steps that are timed.
+        warmup: steps before them that are not.
+        checkpointing: activation checkpointing.
+        tf32: fp32 products in TF32, for every system alike.
+        seed: decides the weights and the tokens.
+    """
+
+    system: str
+    model: str
+    batch_size: int
+    precision: str
+    plugin: str = "torch_ddp"
+    sequence_length: int = 1024
+    steps: int = 10
+    warmup: int = 3
+    checkpointing: bool = True
+    tf32: bool = True
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if self.system not in SYSTEMS:
+            raise ConfigError(f"a system is one of {', '.join(SYSTEMS)}, not {self.system!r}")
+        for name in ("batch_size", "sequence_length", "steps", "warmup"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def mapping(self) -> dict[str, Any]:
+        """Return the case as JSON values."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_mapping(values: Mapping[str, Any]) -> Case:
+        """Return the case that `mapping` was made of."""
+        return Case(**values)
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What a case came to.
+
+    Attributes:
+        case: what was measured.
+        status: "ok", "out_of_memory" or "failed".
+        error: what went wrong, in a line.
+        step_seconds: the median step.
+        step_seconds_min: the fastest step.
+        step_seconds_max: the slowest step.
+        samples_per_second: of all ranks, from the median step.
+        tokens_per_second: of all ranks, from the median step.
+        device_peak_bytes: most that was allocated on the device from the first step on; 0 on a CPU.
+        device_reserved_peak_bytes: most that torch's allocator held.
+        host_peak_bytes: the process's largest resident memory.
+        first_loss: the loss of the first step.
+        last_loss: the loss of the last step.
+        versions: of python, torch and transformers, and the device's name.
+    """
+
+    case: Case
+    status: Literal["ok", "out_of_memory", "failed"]
+    error: str = ""
+    step_seconds: float | None = None
+    step_seconds_min: float | None = None
+    step_seconds_max: float | None = None
+    samples_per_second: float | None = None
+    tokens_per_second: float | None = None
+    device_peak_bytes: int | None = None
+    device_reserved_peak_bytes: int | None = None
+    host_peak_bytes: int | None = None
+    first_loss: float | None = None
+    last_loss: float | None = None
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """Return one flat row, as `bench.json` holds it."""
+        values = dataclasses.asdict(self)
+        case = values.pop("case")
+        return {**case, "gpus": 1, **values}

@@ -1,0 +1,45 @@
+"""Run a case in a process of its own: a crash or an out-of-memory is a result, not the end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from albireo.bench.case import Case, CaseResult
+
+__all__ = ["measure"]
+
+
+def measure(case: Case, *, timeout_seconds: float = 600.0) -> CaseResult:
+    """Measure a case.
+
+    Args:
+        case: what to measure.
+        timeout_seconds: after which it counts as failed.
+
+    Returns:
+        What it came to, whatever happened.
+    """
+    with tempfile.TemporaryDirectory(prefix="albireo-case-") as name:
+        folder = Path(name)
+        (folder / "case.json").write_text(json.dumps(case.mapping()))
+        command = [sys.executable, "-m", "albireo.bench.worker", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
+        except subprocess.TimeoutExpired:
+            return CaseResult(case, "failed", error=f"not done after {timeout_seconds:g} s")
+        result = folder / "result.json"
+        if result.exists():
+            return _read(case, json.loads(result.read_text()))
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else "without a word"
+        return CaseResult(case, "failed", error=f"ended with exit code {done.returncode}: {reason}")
+
+
+def _read(case: Case, values: dict[str, Any]) -> CaseResult:
+    values.pop("case", None)
+    return CaseResult(case=case, **values)

@@ -1,0 +1,46 @@
+"""Albireo as a case: the same code that `albireo train` runs, its loop, its data and its run folder included."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from albireo.bench.case import Case, CaseResult
+from albireo.bench.timing import result_of
+from albireo.distributed import join_world
+from albireo.training.metrics import read_metrics
+from albireo.training.plan import plan_run
+from albireo.training.start import resolved_config, train_on_rank
+
+__all__ = ["measure_albireo"]
+
+
+def measure_albireo(case: Case) -> CaseResult:
+    """Train for the case's steps on random tokens, and take the steps' times from the run's own metrics.
+
+    Args:
+        case: what to measure.
+    """
+    with tempfile.TemporaryDirectory(prefix="albireo-bench-") as name:
+        options = {
+            "model": case.model,
+            "init": "random",
+            "data": "random",
+            "plugin": case.plugin,
+            "precision": case.precision,
+            "tf32": case.tf32,
+            "batch_size": case.batch_size,
+            "sequence_length": case.sequence_length,
+            "checkpointing": case.checkpointing,
+            "steps": case.warmup + case.steps,
+            "eval_every": 0,
+            "save_every": 0,
+            "seed": case.seed,
+        }
+        plan = plan_run(recipe="opt", options=options, output=Path(name) / "run")
+        folder = plan.make_folder()
+        world = join_world(single=True)
+        train_on_rank(resolved_config(plan), folder, world, export_model=False)
+        rows, _ = read_metrics(folder.metrics_path)
+    seconds = [row.step_seconds for row in rows[case.warmup :]]
+    return result_of(case, world.device, seconds, [row.loss for row in rows])

@@ -1,0 +1,90 @@
+"""Loops as a careful user writes them by hand, in plain PyTorch and in FSDP2: what Albireo is measured against.
+
+They use nothing of Albireo but the weights and the tokens, which are the same for every system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedModel
+
+from albireo.bench.case import Case
+
+__all__ = ["REFERENCES"]
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_Step = Callable[[int], torch.Tensor]
+_Tokens = Callable[[int], torch.Tensor]
+
+
+def _decay_groups(model: PreTrainedModel) -> list[dict[str, object]]:
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+@contextmanager
+def _plain(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
+    """Autocast over fp32 weights, fused AdamW, the loss scaled in fp16, clipping: as `torch_ddp` on one GPU."""
+    device = model.device
+    optimizer = torch.optim.AdamW(_decay_groups(model), lr=5e-5, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=case.precision == "fp16")
+    autocast = (
+        nullcontext() if case.precision == "fp32" else torch.autocast(device.type, dtype=_DTYPES[case.precision])
+    )
+
+    def step(number: int) -> torch.Tensor:
+        ids = tokens(number)
+        with autocast:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        result: torch.Tensor = loss.detach()
+        return result
+
+    yield step
+
+
+@contextmanager
+def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
+    """FSDP2 over one rank: 16-bit compute copies of fp32 weights, gradients reduced in fp32, as its users run it."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    device = model.device
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        policy = MixedPrecisionPolicy(param_dtype=_DTYPES[case.precision], reduce_dtype=torch.float32)
+        for block in model.model.decoder.layers:
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+        optimizer = torch.optim.AdamW(_decay_groups(model), lr=5e-5, fused=True)
+
+        def step(number: int) -> torch.Tensor:
+            ids = tokens(number)
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            result: torch.Tensor = loss.detach()
+            return result
+
+        yield step
+    finally:
+        dist.destroy_process_group()
+
+
+_Reference = Callable[[Case, PreTrainedModel, _Tokens], AbstractContextManager[_Step]]
+REFERENCES: Mapping[str, _Reference] = MappingProxyType({"plain": _plain, "fsdp2": _fsdp2})

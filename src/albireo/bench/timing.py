@@ -1,0 +1,91 @@
+"""Steps timed one by one on the device's clock, without a wait between them that training would not have."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+
+from albireo.bench.case import Case, CaseResult
+from albireo.device import PeakMemory, describe_device
+
+__all__ = ["result_of", "time_steps", "versions"]
+
+
+def time_steps(case: Case, device: torch.device, step: Callable[[int], torch.Tensor]) -> CaseResult:
+    """Run warm-up steps, then timed ones, and return what was measured.
+
+    Args:
+        case: how many of each.
+        device: where it runs.
+        step: makes one step, given its number from 0, and returns its mean loss on the device.
+    """
+    PeakMemory(device).reset()
+    marks = [_mark(device)]
+    losses: list[torch.Tensor] = []
+    for number in range(case.warmup + case.steps):
+        losses.append(step(number))
+        marks.append(_mark(device))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    seconds = [_between(first, second) for first, second in itertools.pairwise(marks)]
+    return result_of(case, device, seconds[case.warmup :], [float(loss) for loss in losses])
+
+
+def result_of(case: Case, device: torch.device, seconds: list[float], losses: list[float]) -> CaseResult:
+    """Return the result of timed steps.
+
+    Args:
+        case: the case.
+        device: where it ran.
+        seconds: of each timed step.
+        losses: of every step.
+    """
+    reading = PeakMemory(device).read()
+    median = statistics.median(seconds)
+    return CaseResult(
+        case=case,
+        status="ok",
+        step_seconds=median,
+        step_seconds_min=min(seconds),
+        step_seconds_max=max(seconds),
+        samples_per_second=case.batch_size / median,
+        tokens_per_second=case.batch_size * case.sequence_length / median,
+        device_peak_bytes=reading.device_peak_bytes,
+        device_reserved_peak_bytes=reading.device_reserved_peak_bytes,
+        host_peak_bytes=reading.host_peak_bytes,
+        first_loss=losses[0],
+        last_loss=losses[-1],
+        versions=versions(device),
+    )
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Return what ran: the versions, and the device's name."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": describe_device(device),
+    }
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | float:
+    """Return this moment, on the device's own clock where it has one: nothing is waited for."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(first: torch.cuda.Event | float, second: torch.cuda.Event | float) -> float:
+    """Return the seconds between two moments."""
+    if isinstance(first, float) or isinstance(second, float):
+        return float(second) - float(first)  # type: ignore[arg-type]  # both are floats, or neither
+    return first.elapsed_time(second) / 1000

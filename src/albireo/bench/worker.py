@@ -1,0 +1,72 @@
+"""The process of one case: `python -m albireo.bench.worker FOLDER`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from albireo.bench.case import Case, CaseResult
+from albireo.bench.ours import measure_albireo
+from albireo.bench.references import REFERENCES
+from albireo.bench.timing import time_steps
+from albireo.data import RandomTokens, samples_at
+from albireo.device import select_device
+from albireo.models import build_model, enable_activation_checkpointing, resolve_model
+from albireo.training.memory_needs import is_out_of_memory
+from albireo.training.text import RANDOM_BLOCKS
+
+__all__ = ["run_case"]
+
+
+def run_case(case: Case) -> CaseResult:
+    """Measure a case in this process.
+
+    Args:
+        case: what to measure.
+
+    Returns:
+        What it came to; running out of memory is a result.
+    """
+    # Fp32 products in TF32 or not: the same for every system, since it is this process's own setting.
+    torch.backends.cuda.matmul.allow_tf32 = case.tf32
+    torch.backends.cudnn.allow_tf32 = case.tf32
+    try:
+        if case.system == "albireo":
+            return measure_albireo(case)
+        return _measure_reference(case)
+    except Exception as error:
+        if is_out_of_memory(error):
+            return CaseResult(case, "out_of_memory", error=str(error).splitlines()[0])
+        raise
+
+
+def _measure_reference(case: Case) -> CaseResult:
+    device = select_device(0)
+    model = build_model(resolve_model(case.model), init="random", seed=case.seed, dropout=0.0, device=device)
+    model.train()
+    if case.checkpointing:
+        enable_activation_checkpointing(model, preserve_rng_state=False)
+    data = RandomTokens(RANDOM_BLOCKS, case.sequence_length, model.config.vocab_size, case.seed)
+
+    def tokens(number: int) -> torch.Tensor:
+        rows = samples_at(number * case.batch_size, case.batch_size, RANDOM_BLOCKS, case.seed)
+        return torch.stack([data[int(row)]["input_ids"] for row in rows]).to(device, non_blocking=True)
+
+    with REFERENCES[case.system](case, model, tokens) as step:
+        return time_steps(case, device, step)
+
+
+def main(folder: Path) -> None:
+    """Read the case, measure it, and leave the result."""
+    case = Case.from_mapping(json.loads((folder / "case.json").read_text()))
+    result = run_case(case)
+    values = dataclasses.asdict(result)
+    (folder / "result.json").write_text(json.dumps(values))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

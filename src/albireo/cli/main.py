@@ -1,0 +1,82 @@
+"""The command `albireo`, and the one place where an error becomes a line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from albireo import __version__
+from albireo.cli.train import train
+from albireo.errors import AlbireoError
+
+__all__ = ["cli", "main"]
+
+_HELP = """Albireo trains a large model on little hardware: device memory and host memory as one.
+
+Begin with  albireo train opt  : it trains a small model on a text that it makes itself, within a minute or two on a
+laptop, and shows where the picture of its loss is. Then give it a text of yours:
+
+\b
+  albireo train opt --data my-text.txt
+  albireo train opt --model 125m --data wikitext/wikitext-2-raw-v1
+
+Every verb has --help. A wrong value is one line and exit code 2.
+"""
+
+
+class _Failure(Exception):
+    """A run that ended with an exit code and a line."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@click.group(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="albireo")
+def cli() -> None:
+    """Hold the verbs together."""
+
+
+cli.add_command(train)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code.
+
+    0: done; 1: a check said no; 2: the input is wrong or memory cannot suffice; 130: stopped by the user, and saved.
+    Anything else is a bug and comes with its traceback.
+
+    Args:
+        arguments: the words after `albireo`; those of the process if None.
+    """
+    try:
+        code = cli.main(args=arguments, prog_name="albireo", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx is not None else "")
+        code = 2
+    except click.ClickException as error:
+        _say(" ".join(error.format_message().split()))
+        code = 2
+    except click.Abort:
+        _say("stopped")
+        code = 130
+    except KeyboardInterrupt:
+        _say("stopped")
+        code = 130
+    except AlbireoError as error:
+        _say(str(error))
+        code = error.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has gone; there is nobody to tell.
+        code = 141
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 70
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(message: str) -> None:
+    print(f"albireo: {message}", file=sys.stderr)  # noqa: T201  the one line of an error

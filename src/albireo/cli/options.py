@@ -1,0 +1,97 @@
+"""Flags made from the configuration: declared there once, spelled here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from albireo.config import OptionInfo, RunConfig
+
+__all__ = ["SectionedCommand", "config_options", "given_options"]
+
+_SECTION_TITLES = {
+    "model": "Model",
+    "data": "Data",
+    "optimizer": "Optimizer",
+    "schedule": "Length and schedule",
+    "plugin": "Device and plugin",
+    "run": "Run",
+}
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _ConfigOption(click.Option):
+    """A flag that knows its section."""
+
+    def __init__(self, info: OptionInfo) -> None:
+        self.section = info.section
+        declaration = info.flag
+        extra: dict[str, Any] = {}
+        if info.kind is bool:
+            declaration = f"{info.flag}/--no-{info.flag[2:]}"
+        elif info.choices:
+            extra["type"] = click.Choice(info.choices)
+        else:
+            extra["type"] = {int: click.INT, float: click.FLOAT, str: click.STRING}[info.kind]
+            extra["metavar"] = info.metavar or ("N" if info.kind is int else "X" if info.kind is float else "TEXT")
+        super().__init__([declaration, info.name], default=None, help=_help(info), **extra)
+
+
+def _help(info: OptionInfo) -> str:
+    if info.default is None:
+        return info.help
+    if info.kind is bool:
+        return f"{info.help} Default: {'on' if info.default else 'off'}."
+    default = f"{info.default:g}" if isinstance(info.default, float) else info.default
+    return f"{info.help} Default: {default}."
+
+
+class SectionedCommand(click.Command):
+    """A command whose help lists flags by section."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the flags, a block a section, the command's own last."""
+        blocks: dict[str, list[tuple[str, str]]] = {name: [] for name in _SECTION_TITLES}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                blocks[getattr(parameter, "section", "run")].append(record)
+        for name, records in blocks.items():
+            if records:
+                with formatter.section(_SECTION_TITLES[name]):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write examples as they are, each on a line of its own."""
+        if self.epilog:
+            formatter.write_paragraph()
+            for line in self.epilog.strip().splitlines():
+                formatter.write(line + "\n")
+
+
+def config_options(function: _Function) -> _Function:
+    """Give a command every flag of the run's configuration."""
+    for info in reversed(list(RunConfig.options())):
+        option = _ConfigOption(info)
+        _parameters(function).append(option)
+    return function
+
+
+def _parameters(function: Callable[..., Any]) -> list[click.Parameter]:
+    if not hasattr(function, "__click_params__"):
+        function.__click_params__ = []  # type: ignore[attr-defined]  # where click itself keeps them
+    parameters: list[click.Parameter] = function.__click_params__
+    return parameters
+
+
+def given_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration's options that the user gave.
+
+    Args:
+        values: all that click parsed.
+    """
+    names = {info.name for info in RunConfig.options()}
+    return {name: value for name, value in values.items() if name in names and value is not None}

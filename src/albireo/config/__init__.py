@@ -1,0 +1,32 @@
+"""The typed configuration of a run: each option is declared once, here, and flags and files follow from it."""
+
+from albireo.config.facts import MachineFacts
+from albireo.config.layers import config_from_mapping, config_to_mapping, merge, read_config_file
+from albireo.config.option import OptionInfo, option, options_of
+from albireo.config.resolve import resolve
+from albireo.config.run import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PluginConfig,
+    RunConfig,
+    ScheduleConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "MachineFacts",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OptionInfo",
+    "PluginConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "config_from_mapping",
+    "config_to_mapping",
+    "merge",
+    "option",
+    "options_of",
+    "read_config_file",
+    "resolve",
+]

@@ -1,0 +1,65 @@
+"""Fill in what was left open, from the model and the machine. Pure: the same inputs give the same configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from albireo.config.facts import MachineFacts
+from albireo.config.run import RunConfig
+from albireo.errors import ConfigError
+
+__all__ = ["resolve"]
+
+
+def resolve(config: RunConfig, machine: MachineFacts) -> RunConfig:
+    """Return the configuration with every default decided that does not need the data.
+
+    Args:
+        config: what the user said.
+        machine: facts about the device.
+
+    Returns:
+        The configuration; of its fields only `steps`, `epochs`, `eval_every` and `save_every` may still be None.
+
+    Raises:
+        ConfigError: options that cannot go together, or that this machine cannot serve.
+    """
+    tiny = config.model.model == "tiny"
+    _check(config, machine, tiny=tiny)
+    init = config.model.init or ("random" if tiny else "pretrained")
+    precision = config.plugin.precision
+    if precision is None:
+        on_gpu = "bf16" if machine.bf16_is_native else "fp16"
+        precision = on_gpu if machine.device_type == "cuda" else "fp32"
+    optimizer = config.optimizer
+    schedule = config.schedule
+    if schedule.epochs is None and schedule.steps is None:
+        schedule = dataclasses.replace(schedule, epochs=1.0 if tiny else 3.0)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, init=init),
+        data=dataclasses.replace(config.data, sequence_length=config.data.sequence_length or (128 if tiny else 1024)),
+        optimizer=dataclasses.replace(
+            optimizer,
+            learning_rate=(1e-3 if tiny else 5e-5) if optimizer.learning_rate is None else optimizer.learning_rate,
+            batch_size=optimizer.batch_size or 8,
+        ),
+        schedule=schedule,
+        plugin=dataclasses.replace(config.plugin, precision=precision),
+    )
+
+
+def _check(config: RunConfig, machine: MachineFacts, *, tiny: bool) -> None:
+    if tiny and config.model.init == "pretrained":
+        raise ConfigError("--model tiny has no pretrained weights: leave --init out, or take another --model")
+    gpus = config.plugin.gpus
+    if machine.device_type == "cuda" and gpus > machine.device_count:
+        have = "1 GPU" if machine.device_count == 1 else f"{machine.device_count} GPUs"
+        raise ConfigError(f"--gpus {gpus} asks for more than this machine has: {have}")
+    if config.plugin.mem_cap > 0 and machine.device_type != "cuda":
+        raise ConfigError(
+            "--mem-cap bounds a GPU's memory, and this run would be on the CPU, where --plugin torch_ddp has no device "
+            "memory to bound: leave --mem-cap out"
+        )
+    if config.plugin.precision == "bf16" and machine.device_type == "cuda" and not machine.bf16_is_native:
+        raise ConfigError("--precision bf16 is not native on this GPU: take fp16 or fp32")

@@ -1,0 +1,147 @@
+"""The sections of a run's configuration. A field's name is its flag, and its key in `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from albireo.config.option import OptionInfo, option, options_of
+
+__all__ = [
+    "DataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PluginConfig",
+    "RunConfig",
+    "ScheduleConfig",
+]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained."""
+
+    model: str = option(
+        "tiny",
+        "A size (tiny, 125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b, 175b), a Hugging Face folder, or a hub id.",
+        metavar="NAME",
+    )
+    init: Literal["pretrained", "random"] | None = option(
+        None, "Where the weights come from. Default: random for tiny, pretrained otherwise."
+    )
+    tokenizer: str | None = option(
+        None,
+        "A folder (tokenizer.json, or vocab.json and merges.txt) or a hub id. Default: the model's own; for random "
+        "weights, one trained on the data.",
+        metavar="PATH",
+    )
+    dropout: float = option(0.0, "Dropout of the hidden states.", minimum=0.0, maximum=0.95)
+    checkpointing: bool = option(
+        False, "Activation checkpointing: recompute activations in backward, a block at a time, to save memory."
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What it is trained on."""
+
+    data: str = option(
+        "synthetic",
+        "synthetic; a text file or a folder of them; JSON lines; a hub data set such as wikitext/wikitext-2-raw-v1; "
+        "or random (uniform random tokens, for measuring).",
+        metavar="NAME",
+    )
+    text_field: str = option("text", "The field that holds the text in JSON lines and hub data sets.", metavar="FIELD")
+    holdout: float = option(
+        0.05,
+        "The share of blocks held out for evaluation, where the data has no validation part of its own.",
+        minimum=0.0,
+        exclusive_minimum=True,
+        maximum=0.5,
+    )
+    sequence_length: int | None = option(None, "Tokens in a block. Default: 128 for tiny, 1024 otherwise.", minimum=2)
+    cache: str | None = option(
+        None, "Where tokenized data is kept. Default: $ALBIREO_CACHE, or albireo in the user's cache.", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and what is done to the gradient before it."""
+
+    learning_rate: float | None = option(
+        None, "The peak learning rate. Default: 1e-3 for tiny, 5e-5 otherwise.", minimum=0.0
+    )
+    weight_decay: float = option(0.01, "AdamW's weight decay; biases and norms are left out.", minimum=0.0)
+    clip: float = option(1.0, "Clip the gradient to this global norm; 0 does not clip.", minimum=0.0)
+    batch_size: int | None = option(None, "Samples per rank and micro-batch. Default: 8.", minimum=1)
+    accumulate: int = option(1, "Micro-batches per step.", minimum=1)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long, how often, and how the learning rate goes."""
+
+    epochs: float | None = option(
+        None, "Passes over the data. Default: 1 for tiny, 3 otherwise.", minimum=0.0, exclusive_minimum=True
+    )
+    steps: int | None = option(None, "Optimizer steps, instead of epochs.", minimum=1)
+    schedule: Literal["linear", "cosine", "constant"] = option("linear", "The learning rate after the warm-up.")
+    warmup: float = option(
+        0.1, "Warm-up: a share of all steps if below 1, a number of steps otherwise; 0 is none.", minimum=0.0
+    )
+    eval_every: int | None = option(
+        None, "Evaluate every so many steps, and at both ends; 0 never evaluates. Default: a fifth of the run.", minimum=0
+    )
+    save_every: int | None = option(
+        None, "Save a checkpoint every so many steps, and at the end; 0 saves none. Default: a fifth of the run.", minimum=0
+    )
+    keep: int = option(2, "How many checkpoints to keep.", minimum=1)
+    seed: int = option(42, "Decides the weights, the order of samples and dropout.", minimum=0, maximum=2**63 - 1)
+
+
+@dataclass(frozen=True)
+class PluginConfig:
+    """On what, and by which mechanism."""
+
+    plugin: Literal["torch_ddp"] = option("torch_ddp", "The mechanism of training.")
+    precision: Literal["fp32", "fp16", "bf16"] | None = option(
+        None, "The numbers that compute. Default: bf16 where the GPU has it, else fp16; fp32 on a CPU."
+    )
+    tf32: bool = option(True, "Let a GPU multiply fp32 matrices in TF32, as most training does.")
+    mem_cap: float = option(
+        0.0, "This process never takes more device memory than so many GB (2**30 bytes); 0 is no cap.", minimum=0.0, metavar="GB"
+    )
+    gpus: int = option(1, "Ranks to start, each with a GPU of its own; without a GPU, as many CPU processes.", minimum=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes.
+
+    `recipe` says what kind of model is trained. Fields that are None are decided by `resolve` and, where they depend
+    on the data, by the training session; a run's `config.json` holds them all.
+    """
+
+    recipe: str = "opt"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    plugin: PluginConfig = field(default_factory=PluginConfig)
+
+    @staticmethod
+    def sections() -> dict[str, type]:
+        """Return the sections' names and dataclasses, in order."""
+        return {
+            part.name: part.default_factory  # type: ignore[misc]  # each section's factory is its class
+            for part in fields(RunConfig)
+            if part.name != "recipe"
+        }
+
+    @staticmethod
+    def options() -> Iterator[OptionInfo]:
+        """Yield every option of every section."""
+        for name, section in RunConfig.sections().items():
+            yield from options_of(name, section)

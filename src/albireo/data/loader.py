@@ -1,0 +1,182 @@
+"""Batches: what one rank computes on in one optimizer step, and what it evaluates on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from albireo.data.order import BatchLayout, SampleOrder
+from albireo.errors import ConfigError, DataError
+
+__all__ = ["IGNORED_LABEL", "Batch", "StepLoader", "evaluation_batches"]
+
+IGNORED_LABEL = -100
+"""A label that counts for nothing, as in transformers and in `torch.nn.functional.cross_entropy`."""
+
+AnyDataset = Dataset[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        input_ids: int64, [batch, length].
+        labels: int64, [batch, length], not shifted: the id to be predicted at a place stands at that place. For packed
+            text it is `input_ids` itself, the same tensor.
+        tokens: how many targets count after the shift: places from the second on whose label is not -100. A number
+            on the host, so that nobody has to wait for the device to know it.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    tokens: int
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
+        """Return the batch on a device; what was one tensor stays one."""
+        input_ids = self.input_ids.to(device, non_blocking=non_blocking)
+        same = self.labels is self.input_ids
+        return Batch(input_ids, input_ids if same else self.labels.to(device, non_blocking=non_blocking), self.tokens)
+
+
+class StepLoader:
+    """Gives one rank the micro-batches of each optimizer step, in the global order of samples.
+
+    The first step takes the samples from `start_sample` on, wherever a run before had ended. Iterating again begins
+    there again. No global random state is used.
+
+    Args:
+        dataset: items are mappings with `input_ids` and, where they differ, `labels`.
+        layout: how a step is cut into ranks and micro-batches.
+        seed: which order.
+        start_sample: position in the global order at which the first step begins.
+        steps: optimizer steps to give out.
+        pin_memory: put batches into page-locked host memory, from which copies to a GPU need not be waited for.
+        num_workers: processes that read ahead; 0 reads in this one.
+
+    Attributes:
+        layout: as above.
+        steps: as above.
+
+    Raises:
+        ConfigError: the start or the count of steps is negative.
+        DataError: the data set is empty.
+    """
+
+    def __init__(
+        self,
+        dataset: AnyDataset,
+        layout: BatchLayout,
+        *,
+        seed: int,
+        start_sample: int = 0,
+        steps: int,
+        pin_memory: bool = False,
+        num_workers: int = 0,
+    ) -> None:
+        if start_sample < 0 or steps < 0:
+            raise ConfigError(f"start_sample and steps must be at least 0, not {start_sample} and {steps}")
+        self.layout = layout
+        self.steps = steps
+        micro_batches = _MicroBatches(SampleOrder(_size(dataset), seed), layout, start_sample, steps)
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=micro_batches,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            num_workers=num_workers,
+            # Its own generator: else every new iterator draws from the global one, and a resumed run, which makes
+            # one more, has other dropout masks than the run that was never stopped.
+            generator=torch.Generator().manual_seed(seed % 2**63),
+        )
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        step: list[Batch] = []
+        for columns in self._loader:
+            step.append(_as_batch(columns))
+            if len(step) == self.layout.accumulate:
+                yield step
+                step = []
+
+
+class _MicroBatches(Sampler[list[int]]):
+    """The sample indices of this rank's micro-batches, as a batch sampler."""
+
+    def __init__(self, order: SampleOrder, layout: BatchLayout, start_sample: int, steps: int) -> None:
+        self._order = order
+        self._layout = layout
+        self._start_sample = start_sample
+        self._steps = steps
+
+    def __len__(self) -> int:
+        return self._steps * self._layout.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._order.micro_batches(self._layout, self._start_sample, self._steps)
+
+
+def evaluation_batches(
+    dataset: AnyDataset, batch_size: int, rank: int = 0, world_size: int = 1, *, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Yield this rank's share of a data set: every sample counts exactly once over all ranks, in a fixed order.
+
+    All ranks get the same number of batches, because a sharded model computes together. The last ones may be smaller;
+    a rank for which no sample is left gets one whose labels are all -100, so that it counts for nothing.
+
+    Args:
+        dataset: items are mappings with `input_ids` and, where they differ, `labels`.
+        batch_size: the most samples in a batch of one rank.
+        rank: this rank.
+        world_size: ranks that share the data.
+        pin_memory: put batches into page-locked host memory.
+
+    Raises:
+        ConfigError: a number is too small, or the rank is not one of the world's.
+        DataError: the data set is empty.
+    """
+    layout = BatchLayout(batch_size, 1, rank, world_size)
+    size = _size(dataset)
+    if size < 1:
+        raise DataError("there is nothing to evaluate on: the data set holds no samples")
+    for first in range(0, size, layout.samples_per_step):
+        left = min(layout.samples_per_step, size - first)
+        indices = range(first + left * rank // world_size, first + left * (rank + 1) // world_size)
+        columns = _collate(_fetch(dataset, list(indices) or [first]))
+        if not indices:
+            columns["labels"] = torch.full_like(columns["input_ids"], IGNORED_LABEL)
+        if pin_memory:
+            columns = {name: column.pin_memory() for name, column in columns.items()}
+        yield _as_batch(columns)
+
+
+def _size(dataset: AnyDataset) -> int:
+    return len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ out of Dataset
+
+
+def _fetch(dataset: AnyDataset, indices: list[int]) -> list[Any]:
+    fetch_many = getattr(dataset, "__getitems__", None)
+    return list(fetch_many(indices)) if fetch_many is not None else [dataset[index] for index in indices]
+
+
+def _collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    columns: dict[str, Tensor] = default_collate(
+        [{name: sample[name] for name in ("input_ids", "labels") if name in sample} for sample in samples]
+    )
+    return columns
+
+
+def _as_batch(columns: Mapping[str, Tensor]) -> Batch:
+    # Made after pinning, which would turn one tensor under two names into two.
+    input_ids = columns["input_ids"]
+    labels = columns.get("labels", input_ids)
+    if labels is input_ids:
+        return Batch(input_ids, input_ids, input_ids.shape[0] * (input_ids.shape[1] - 1))
+    return Batch(input_ids, labels, int((labels[:, 1:] != IGNORED_LABEL).sum()))

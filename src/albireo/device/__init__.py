@@ -1,0 +1,26 @@
+"""The machine under a run: its device, its memory, its random state, and the only counters of peaks."""
+
+from albireo.device.cap import apply_device_cap
+from albireo.device.machine import describe_device, detect_device_type, device_count, has_native_bf16, select_device
+from albireo.device.memory import HostMemory, device_total_bytes, read_host_memory
+from albireo.device.peaks import PeakMemory, PeakReading
+from albireo.device.random_state import capture_random_state, restore_random_state, seed_everything
+from albireo.device.readback import Readback
+
+__all__ = [
+    "HostMemory",
+    "PeakMemory",
+    "PeakReading",
+    "Readback",
+    "apply_device_cap",
+    "capture_random_state",
+    "describe_device",
+    "detect_device_type",
+    "device_count",
+    "device_total_bytes",
+    "has_native_bf16",
+    "read_host_memory",
+    "restore_random_state",
+    "seed_everything",
+    "select_device",
+]

@@ -1,0 +1,91 @@
+"""How much memory there is: the device's, and the host's as its cgroup really allows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+__all__ = ["HostMemory", "device_total_bytes", "read_host_memory"]
+
+# A cgroup without a limit says "max" (v2) or a number near 2**63 (v1).
+_NO_LIMIT_BYTES = 2**60
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What the operating system says of the host's memory.
+
+    Attributes:
+        total_bytes: what this process may use at most: the machine's memory or its cgroup's limit.
+        limited_by: "cgroup" or "machine".
+    """
+
+    total_bytes: int
+    limited_by: str
+
+
+def device_total_bytes(device: torch.device) -> int | None:
+    """Return the device's memory in bytes, or None for a CPU."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+def read_host_memory(root: Path = Path("/")) -> HostMemory | None:
+    """Return the host's memory as this process may use it, or None where the system does not say.
+
+    Args:
+        root: where `proc` and `sys` are; another one in tests.
+    """
+    total = _meminfo_total(root / "proc/meminfo")
+    limit = min(_cgroup_limits(root), default=_NO_LIMIT_BYTES)
+    if limit < _NO_LIMIT_BYTES and (total is None or limit < total):
+        return HostMemory(limit, "cgroup")
+    return None if total is None else HostMemory(total, "machine")
+
+
+def _meminfo_total(path: Path) -> int | None:
+    try:
+        for line in path.read_text().splitlines():
+            if line.startswith("MemTotal:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        return None
+    return None
+
+
+def _cgroup_limits(root: Path) -> list[int]:
+    """Return the limits of every group this process is in: a child's may be wider than its parent's."""
+    limits: list[int] = []
+    mount = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return limits
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, name = mount, "memory.max"
+        elif "memory" in controllers.split(","):
+            base, name = mount / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = base / path.strip("/")
+        while True:
+            limit = _read_limit(group / name)
+            if limit is not None:
+                limits.append(limit)
+            if group in (base, base.parent):
+                break
+            group = group.parent
+    return limits
+
+
+def _read_limit(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() and int(text) < _NO_LIMIT_BYTES else None

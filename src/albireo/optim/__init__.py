@@ -1,0 +1,23 @@
+"""What turns gradients into new weights: groups, AdamW, the norm, the loss scale, the schedule, and their states."""
+
+from albireo.optim.adam import adamw
+from albireo.optim.groups import decay_groups
+from albireo.optim.norm import clip_by_norm, global_norm
+from albireo.optim.schedule import learning_rate_factor, scheduler_for, set_scheduler_step, warmup_steps_of
+from albireo.optim.state import named_state, restore_named_state
+from albireo.optim.wrapper import OptimizerWrapper, ScaledOptimizer
+
+__all__ = [
+    "OptimizerWrapper",
+    "ScaledOptimizer",
+    "adamw",
+    "clip_by_norm",
+    "decay_groups",
+    "global_norm",
+    "learning_rate_factor",
+    "named_state",
+    "restore_named_state",
+    "scheduler_for",
+    "set_scheduler_step",
+    "warmup_steps_of",
+]

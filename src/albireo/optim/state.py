@@ -1,0 +1,71 @@
+"""An optimizer's state as named tensors, so that it can be saved and found again by the parameters' names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from albireo.errors import CheckpointError
+
+__all__ = ["named_state", "restore_named_state"]
+
+
+def named_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]
+) -> dict[str, torch.Tensor]:
+    """Return every tensor that the optimizer keeps.
+
+    Args:
+        optimizer: any torch optimizer whose state is tensors, one set a parameter.
+        names: the parameters' names.
+
+    Returns:
+        `STATE/PARAMETER` to the tensor itself, such as `exp_avg/model.decoder.layers.0.fc1.weight`.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, torch.Tensor):
+                    raise CheckpointError(
+                        f"the optimizer keeps {key} of {names[parameter]} as {type(value).__name__}, and only tensors "
+                        "can be saved"
+                    )
+                tensors[f"{key}/{names[parameter]}"] = value
+    return tensors
+
+
+def restore_named_state(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[torch.nn.Parameter, str],
+    saved: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    read: Callable[[str, torch.Tensor], None],
+) -> None:
+    """Fill the optimizer's state from saved tensors.
+
+    Args:
+        optimizer: an optimizer over the same parameters.
+        names: the parameters' names.
+        saved: what there is: `STATE/PARAMETER` to shape and dtype.
+        read: fills a tensor with what is saved under a name.
+    """
+    by_parameter: dict[str, list[str]] = {}
+    for name in saved:
+        key, _, parameter_name = name.partition("/")
+        by_parameter.setdefault(parameter_name, []).append(key)
+    known = {names[parameter] for group in optimizer.param_groups for parameter in group["params"]}
+    unknown = sorted(set(by_parameter) - known)
+    if unknown:
+        raise CheckpointError(f"the checkpoint has optimizer states of {unknown[0]}, which this optimizer does not train")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state: dict[str, torch.Tensor] = {}
+            for key in by_parameter.get(names[parameter], []):
+                name = f"{key}/{names[parameter]}"
+                shape, dtype = saved[name]
+                # A step count is a scalar, which a fused optimizer keeps beside its parameter.
+                state[key] = torch.empty(shape, dtype=dtype, device=parameter.device)
+                read(name, state[key])
+            if state:
+                optimizer.state[parameter] = state

@@ -1,0 +1,34 @@
+"""Plugins by the names that the command line knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from albireo.config import PluginConfig
+from albireo.errors import ConfigError
+from albireo.plugins.base import Plugin
+from albireo.plugins.torch_ddp import TorchDDPPlugin
+
+__all__ = ["PLUGINS", "make_plugin"]
+
+
+def _torch_ddp(config: PluginConfig) -> Plugin:
+    return TorchDDPPlugin(precision=config.precision or "fp32")
+
+
+PLUGINS: Mapping[str, Callable[[PluginConfig], Plugin]] = MappingProxyType({"torch_ddp": _torch_ddp})
+
+
+def make_plugin(config: PluginConfig) -> Plugin:
+    """Return the plugin that a configuration asks for.
+
+    Args:
+        config: a resolved configuration.
+
+    Raises:
+        ConfigError: there is no plugin of that name.
+    """
+    if config.plugin not in PLUGINS:
+        raise ConfigError(f"--plugin is one of {', '.join(PLUGINS)}, not {config.plugin!r}")
+    return PLUGINS[config.plugin](config)

@@ -1,0 +1,193 @@
+"""Put a run together: data, model, plugin, optimizer, schedule, and the checkpoint it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from albireo.booster import Booster
+from albireo.checkpoint import FileOperations, newest_whole
+from albireo.config import RunConfig, config_to_mapping
+from albireo.data import BatchLayout, steps_for
+from albireo.device import apply_device_cap, describe_device, device_total_bytes, read_host_memory, seed_everything
+from albireo.distributed import World
+from albireo.errors import ConfigError
+from albireo.models import enable_activation_checkpointing
+from albireo.ops import default_piece_rows
+from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
+from albireo.plugins import make_plugin
+from albireo.training.causal_lm import CausalLanguageModel
+from albireo.training.language_model import LanguageModelPlan, plan_language_model
+from albireo.training.memory_needs import check_states_fit
+from albireo.training.metrics import MetricsWriter, cut_after
+from albireo.training.progress import Progress
+from albireo.training.recorder import Recorder
+from albireo.training.run_folder import RunFolder
+from albireo.training.saving import Position, RunState, tensor_names
+from albireo.training.session import Session
+from albireo.training.stop import StopRequest
+from albireo.training.text import RunData, load_run_data
+
+__all__ = ["open_session"]
+
+
+@contextmanager
+def open_session(
+    config: RunConfig, folder: RunFolder, world: World, *, files: FileOperations | None = None
+) -> Iterator[Session]:
+    """Make a run ready, from its newest whole checkpoint if it has one, and clear up after it.
+
+    Args:
+        config: a configuration that `resolve` has been over.
+        folder: the run's folder.
+        world: the ranks.
+        files: writes to the disk; another one in tests.
+
+    Raises:
+        AlbireoError: something the user can mend.
+    """
+    files = files if files is not None else FileOperations()
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(enabled=world.is_main))
+        if world.is_main:
+            stack.enter_context(folder.lock())
+        # The main rank has the lock, or has raised, before any other rank touches the folder.
+        world.barrier()
+        seed_everything(config.schedule.seed, world.rank)
+        if config.plugin.mem_cap > 0:
+            apply_device_cap(world.device, int(config.plugin.mem_cap * 2**30))
+        planned = plan_language_model(config)
+        _check_memory(config, planned, world)
+        data = load_run_data(
+            config, tokenizer=planned.tokenizer, vocab_size=planned.tokenizer_vocab_size, progress=progress
+        )
+        layout = BatchLayout(
+            batch_size=config.optimizer.batch_size or 1,
+            accumulate=config.optimizer.accumulate,
+            rank=world.rank,
+            world_size=world.world_size,
+        )
+        config, steps = _with_lengths(config, len(data.train), layout.samples_per_step)
+        for line in data.lines:
+            progress.message(line)
+        state = _build_state(config, world, planned, data, steps, progress)
+        position = _resume(folder, state, world, progress)
+        if world.is_main:
+            cut_after(folder.metrics_path, position.step if position.step > 0 else -1, files)
+            folder.write_config(config_to_mapping(config))
+        writer = stack.enter_context(MetricsWriter(folder.metrics_path)) if world.is_main else None
+        recorder = Recorder(
+            world, progress, writer, samples_per_step=layout.samples_per_step, dataset_size=len(data.train)
+        )
+        progress.message(_describe(config, world, steps))
+        with StopRequest() as stop:
+            yield Session(
+                config=config,
+                folder=folder,
+                world=world,
+                data=data,
+                state=state,
+                recorder=recorder,
+                progress=progress,
+                stop=stop,
+                layout=layout,
+                steps=steps,
+                position=position,
+                files=files,
+                parameters=sum(p.numel() for p in state.model.unwrap().parameters() if p.requires_grad),
+                logits_bytes=_logits_bytes(layout.batch_size * data.train.sequence_length, planned.rows_at_least),
+            )
+
+
+def _check_memory(config: RunConfig, planned: LanguageModelPlan, world: World) -> None:
+    """Refuse at once what cannot fit: weights, gradients and states alone are more than there is."""
+    if world.device.type == "cuda":
+        cap = int(config.plugin.mem_cap * 2**30)
+        total = device_total_bytes(world.device)
+        available, where = (cap, "--mem-cap leaves") if cap else (total, f"the {describe_device(world.device)} has")
+    else:
+        host = read_host_memory()
+        available = host.total_bytes // world.world_size if host is not None else None
+        where = "each rank's share of this machine's memory is" if world.world_size > 1 else "this machine has"
+    check_states_fit(planned.parameters, available_bytes=available, where=where, config=config)
+
+
+def _with_lengths(config: RunConfig, dataset_size: int, samples_per_step: int) -> tuple[RunConfig, int]:
+    """Decide what depends on the data: steps from epochs or the other way round, and how often to look and save."""
+    schedule = config.schedule
+    steps = schedule.steps or steps_for(schedule.epochs or 1.0, dataset_size, samples_per_step)
+    warmup = warmup_steps_of(schedule.warmup, steps)
+    if warmup >= steps and warmup > 1:
+        raise ConfigError(f"--warmup {schedule.warmup:g} is no shorter than the run of {steps} steps")
+    fifth = max(1, math.ceil(steps / 5))
+    schedule = dataclasses.replace(
+        schedule,
+        steps=steps,
+        epochs=steps * samples_per_step / dataset_size if schedule.steps else schedule.epochs,
+        eval_every=fifth if schedule.eval_every is None else schedule.eval_every,
+        save_every=fifth if schedule.save_every is None else schedule.save_every,
+    )
+    return dataclasses.replace(config, schedule=schedule), steps
+
+
+def _build_state(
+    config: RunConfig, world: World, planned: LanguageModelPlan, data: RunData, steps: int, progress: Progress
+) -> RunState:
+    """Build the model, and boost it."""
+    with progress.task(f"building the model ({planned.parameters:,} parameters)"):
+        pretrained, lines = planned.build(data.tokenizer, world.device)
+    for line in lines:
+        progress.message(line)
+    names, aliases = tensor_names(pretrained)
+    if config.model.checkpointing:
+        enable_activation_checkpointing(pretrained, preserve_rng_state=config.model.dropout > 0)
+    model = CausalLanguageModel(pretrained, planned.family)
+    model.train()
+    groups = decay_groups(pretrained.named_parameters(), config.optimizer.weight_decay)
+    optimizer = adamw(groups, config.optimizer.learning_rate or 0.0)
+    schedule = config.schedule
+    scheduler = scheduler_for(
+        optimizer,
+        steps=steps,
+        warmup_steps=warmup_steps_of(schedule.warmup, steps),
+        schedule=schedule.schedule,
+    )
+    booster = Booster(make_plugin(config.plugin), world)
+    boosted, wrapped = booster.boost(model, optimizer)
+    if wrapped is None:
+        raise TypeError("a plugin must wrap the optimizer it is given")
+    identity = {"data": data.fingerprint, "recipe": config.recipe}
+    return RunState(booster, boosted, wrapped, scheduler, names, aliases, identity)
+
+
+def _resume(folder: RunFolder, state: RunState, world: World, progress: Progress) -> Position:
+    """Load the newest whole checkpoint, the same on every rank."""
+    checkpoint, damaged = newest_whole(folder.checkpoints_path)
+    found = world.gather_numbers([-1.0 if checkpoint is None else float(checkpoint.step)])
+    if len({tuple(step) for step in found}) > 1:
+        steps = ", ".join(f"rank {rank}: {int(step[0])}" for rank, step in enumerate(found))
+        raise ConfigError(f"the ranks do not see the same checkpoints in {folder.checkpoints_path} ({steps})")
+    for line in damaged:
+        progress.message(f"warning: {line}")
+    if checkpoint is None:
+        return Position(0, 0)
+    position = state.load(checkpoint)
+    progress.message(f"going on from the checkpoint of step {position.step}")
+    return position
+
+
+def _describe(config: RunConfig, world: World, steps: int) -> str:
+    ranks = f"{world.world_size} ranks, " if world.world_size > 1 else ""
+    optimizer = config.optimizer
+    accumulated = f" x {optimizer.accumulate}" if optimizer.accumulate > 1 else ""
+    return (
+        f"training   {steps:,} steps of batch {optimizer.batch_size}{accumulated} with {config.plugin.plugin}, "
+        f"{config.plugin.precision}, on {ranks}{describe_device(world.device)}"
+    )
+
+
+def _logits_bytes(rows: int, vocabulary: int) -> int:
+    """Return what a piece of logits takes: in the compute dtype and in fp32."""
+    return default_piece_rows(rows, vocabulary) * vocabulary * 6

@@ -1,0 +1,127 @@
+"""From a step's numbers on the device to a row in the metrics file and on the screen."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from albireo.booster import StepOutput
+from albireo.device import PeakMemory, Readback
+from albireo.distributed import World
+from albireo.training.metrics import EvalRow, MetricsWriter, TrainRow
+from albireo.training.progress import Progress
+
+__all__ = ["Recorder"]
+
+# The host may run this many steps ahead of the device before it waits for a step's numbers.
+_LAG_STEPS = 2
+
+
+class Recorder:
+    """Keeps the rows of a run. The numbers of a step come back some steps later; `drain` waits for all of them.
+
+    Args:
+        world: the ranks; all of them record, so that all agree.
+        progress: what the user sees.
+        writer: the metrics file, on the main rank; None elsewhere.
+        samples_per_step: of the global batch.
+        dataset_size: samples in an epoch.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        progress: Progress,
+        writer: MetricsWriter | None,
+        *,
+        samples_per_step: int,
+        dataset_size: int,
+    ) -> None:
+        self._world = world
+        self._progress = progress
+        self._writer = writer
+        self._samples_per_step = samples_per_step
+        self._dataset_size = dataset_size
+        self._peaks = PeakMemory(world.device)
+        self._readback = Readback(world.device, _LAG_STEPS if world.device.type == "cuda" else 0)
+        self._rates: dict[int, float] = {}
+        self._mark = time.perf_counter()
+        self._last_eval: EvalRow | None = None
+        self.stop_agreed = False
+
+    def start_clock(self) -> None:
+        """Count the next step's seconds from now: what came before was no step."""
+        self._mark = time.perf_counter()
+
+    def add(self, step: int, output: StepOutput, *, learning_rate: float, stop_requested: bool) -> None:
+        """Send a step's numbers on their way, and take in those that have arrived.
+
+        Args:
+            step: the step's number from 1.
+            output: what it left on the device.
+            learning_rate: the rate it used.
+            stop_requested: this rank was asked to stop; the request reaches every rank with the step's numbers.
+        """
+        own = torch.tensor([float(output.tokens), float(stop_requested)], dtype=torch.float64)
+        sums = torch.cat([output.loss_sum.detach().double().reshape(1), own.to(self._world.device, non_blocking=True)])
+        self._world.sum_in_place(sums)
+        self._rates[step] = learning_rate
+        self._readback.push(step, torch.cat([sums, output.grad_norm.detach().double().reshape(1)]))
+        self._take_in(everything=False)
+
+    def drain(self) -> None:
+        """Wait for the numbers of every step so far."""
+        self._take_in(everything=True)
+
+    def evaluation(self, step: int, loss: float) -> EvalRow:
+        """Keep the result of an evaluation.
+
+        Args:
+            step: the steps done before it.
+            loss: the mean loss per token on held-out data.
+        """
+        row = EvalRow(step=step, eval_loss=loss)
+        if self._writer is not None:
+            self._writer.write(row)
+        self._progress.evaluation(row, self._last_eval)
+        if not math.isfinite(loss):
+            self._progress.message(f"warning: at step {step} the evaluation loss is {loss}: the weights are of no use")
+        self._last_eval = row
+        return row
+
+    def sync(self) -> None:
+        """Wait until the rows so far are on the disk."""
+        if self._writer is not None:
+            self._writer.sync()
+
+    def _take_in(self, *, everything: bool) -> None:
+        for step, (loss_sum, tokens, stops, norm) in self._readback.pop(everything=everything):
+            now = time.perf_counter()
+            seconds = max(now - self._mark, 1e-9)
+            self._mark = now
+            self._keep(step, loss_sum / max(tokens, 1.0), tokens, norm, seconds)
+            self.stop_agreed = self.stop_agreed or stops > 0
+
+    def _keep(self, step: int, loss: float, tokens: float, norm: float, seconds: float) -> None:
+        peaks = self._peaks.read()
+        row = TrainRow(
+            step=step,
+            epoch=(step - 1) * self._samples_per_step // self._dataset_size + 1,
+            loss=loss,
+            lr=self._rates.pop(step),
+            grad_norm=norm,
+            samples_per_second=self._samples_per_step / seconds,
+            tokens_per_second=tokens / seconds,
+            step_seconds=seconds,
+            device_peak_bytes=peaks.device_peak_bytes,
+            host_peak_bytes=peaks.host_peak_bytes,
+        )
+        if self._writer is not None:
+            self._writer.write(row)
+        self._progress.update(row)
+        if not math.isfinite(loss):
+            self._progress.message(f"warning: at step {step} the loss is {loss}; a smaller --learning-rate may help")
+        elif not math.isfinite(norm):
+            self._progress.message(f"warning: at step {step} the gradient's norm is {norm}")

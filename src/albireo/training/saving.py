@@ -1,0 +1,149 @@
+"""What a run's checkpoint holds, and how a run goes on from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from albireo.booster import Booster
+from albireo.checkpoint import Checkpoint, FileOperations, Snapshot, TensorSlice, save_checkpoint, whole
+from albireo.device import capture_random_state, restore_random_state
+from albireo.errors import CheckpointError
+from albireo.optim import OptimizerWrapper, set_scheduler_step
+from albireo.plugins import ModelWrapper
+
+__all__ = ["Position", "RunState", "tensor_names"]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: the global sample index: how many samples all ranks together have seen.
+    """
+
+    step: int
+    samples: int
+
+
+def tensor_names(model: nn.Module) -> tuple[dict[torch.Tensor, str], dict[str, str]]:
+    """Return a model's tensors with their names, and the further names of tied ones.
+
+    Args:
+        model: any module; its persistent buffers count too.
+
+    Returns:
+        Tensor to its first name, and further name to first name.
+    """
+    names: dict[torch.Tensor, str] = {}
+    aliases: dict[str, str] = {}
+    persistent = set(model.state_dict(keep_vars=True))
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        if name not in persistent:
+            continue
+        if tensor in names:
+            aliases[name] = names[tensor]
+        else:
+            names[tensor] = name
+    return names, aliases
+
+
+@dataclass
+class RunState:
+    """Everything that a step changes: saved and loaded as one.
+
+    Attributes:
+        booster: the plugin and the ranks.
+        model: the boosted model.
+        optimizer: the boosted optimizer.
+        scheduler: the learning rate's.
+        names: tensors to their names in the model's own family.
+        aliases: further names of tied tensors.
+        identity: JSON values that must be the same when the run goes on, such as the data's fingerprint.
+    """
+
+    booster: Booster
+    model: ModelWrapper
+    optimizer: OptimizerWrapper
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    names: Mapping[torch.Tensor, str]
+    aliases: Mapping[str, str]
+    identity: Mapping[str, str]
+
+    def save(self, folder: Path, position: Position, *, keep: int, files: FileOperations) -> None:
+        """Write a checkpoint; every rank calls this.
+
+        Args:
+            folder: where a run's checkpoints are.
+            position: where the run stands.
+            keep: how many checkpoints remain.
+            files: writes to the disk.
+        """
+        shared: dict[str, Any] = {
+            "step": position.step,
+            "samples": position.samples,
+            "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "scaler": self.optimizer.scaler_state(),
+            "plugin": self.booster.plugin.name,
+            "precision": self.booster.plugin.precision,
+            "identity": dict(self.identity),
+        }
+        snapshot = Snapshot(
+            step=position.step,
+            slices=self._slices(),
+            shared_state=shared,
+            aliases={f"model/{name}": f"model/{first}" for name, first in self.aliases.items()},
+        )
+        save_checkpoint(folder, snapshot, ranks=self.booster.world, files=files, keep=keep)
+
+    def load(self, checkpoint: Checkpoint) -> Position:
+        """Take everything from a checkpoint.
+
+        Args:
+            checkpoint: a whole one.
+
+        Returns:
+            Where the run stands.
+
+        Raises:
+            CheckpointError: it belongs to another model or other data.
+        """
+        state = checkpoint.shared_state
+        for key, value in self.identity.items():
+            saved = state.get("identity", {}).get(key)
+            if saved != value:
+                raise CheckpointError(
+                    f"{checkpoint.path} was made with another {key}: {saved} then, {value} now; give what it was, or "
+                    "begin a new run"
+                )
+        self.booster.plugin.import_state(self.model, self.optimizer, self.names, checkpoint)
+        self.optimizer.load_scaler_state(state["scaler"])
+        step = int(state["scheduler"]["last_epoch"])
+        set_scheduler_step(self.scheduler, step)
+        self._load_random_state(checkpoint)
+        return Position(int(state["step"]), int(state["samples"]))
+
+    def _slices(self) -> Iterator[TensorSlice]:
+        world = self.booster.world
+        yield from self.booster.plugin.export_state(self.model, self.optimizer, self.names, world)
+        for name, state in capture_random_state(world.device).items():
+            yield whole(f"random/{world.rank}/{name}", state)
+
+    def _load_random_state(self, checkpoint: Checkpoint) -> None:
+        world = self.booster.world
+        if checkpoint.world_size != world.world_size:
+            return  # states of other ranks fit no rank of this run; each step seeds its own where they are used
+        prefix = f"random/{world.rank}/"
+        state = {}
+        for name in checkpoint.names(prefix):
+            shape, _ = checkpoint.info(name)
+            state[name.removeprefix(prefix)] = checkpoint.read(name).reshape(shape)
+        restore_random_state(state, world.device)

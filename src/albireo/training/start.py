@@ -1,0 +1,93 @@
+"""From a plan to ranks: resolve the configuration, start as many processes as it asks for, and train on each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from albireo.config import MachineFacts, RunConfig, config_from_mapping, config_to_mapping, resolve
+from albireo.device import detect_device_type, device_count, has_native_bf16
+from albireo.distributed import World, join_world, launch_ranks, leave_world
+from albireo.errors import AlbireoError
+from albireo.models import resolve_model
+from albireo.training.loop import train_loop
+from albireo.training.plan import RunPlan
+from albireo.training.run_folder import RunFolder
+from albireo.training.session import open_session
+
+__all__ = ["resolved_config", "start_run", "train_on_rank"]
+
+
+def resolved_config(plan: RunPlan) -> RunConfig:
+    """Return the plan's configuration with all defaults decided that this machine decides.
+
+    Args:
+        plan: what the user asked for.
+
+    Raises:
+        ConfigError: it cannot be done, or not on this machine.
+    """
+    facts = MachineFacts(detect_device_type(), device_count(), has_native_bf16())
+    config = resolve(plan.config, facts)
+    resolve_model(config.model.model)
+    return config
+
+
+def start_run(plan: RunPlan, folder: RunFolder) -> None:
+    """Train as planned, in this process or in as many as the plan asks for.
+
+    Args:
+        plan: what the user asked for.
+        folder: the run's folder. A new one is removed again if the run cannot even begin.
+
+    Raises:
+        AlbireoError: the input is wrong, memory does not suffice, or the user stopped the run.
+    """
+    try:
+        config = resolved_config(plan)
+        if config.plugin.gpus > 1:
+            payload = {"config": config_to_mapping(config), "folder": str(folder.path.resolve())}
+            launch_ranks("albireo.training.start:train_in_rank", payload, config.plugin.gpus)
+        else:
+            train_on_rank(config, folder, join_world(single=True))
+    except AlbireoError:
+        folder.discard_if_not_begun()
+        raise
+
+
+def train_in_rank(world: World, payload: Mapping[str, Any]) -> None:
+    """Train on one of several ranks that `start_run` has started.
+
+    Args:
+        world: the ranks.
+        payload: the configuration and the folder.
+    """
+    config = config_from_mapping(payload["config"], where="the launcher", base=RunConfig(payload["config"]["recipe"]))
+    train_on_rank(config, RunFolder.open(Path(payload["folder"])), world)
+
+
+def train_on_rank(config: RunConfig, folder: RunFolder, world: World, *, export_model: bool = True) -> None:
+    """Train on this rank, from the last whole checkpoint if there is one.
+
+    Args:
+        config: a resolved configuration.
+        folder: the run's folder.
+        world: the ranks.
+        export_model: write the model as a Hugging Face folder at the end.
+
+    Raises:
+        Interrupted: the user stopped the run, which has been saved.
+    """
+    # The process is this run's own: what multiplies fp32 matrices is its own setting.
+    torch.backends.cuda.matmul.allow_tf32 = config.plugin.tf32
+    torch.backends.cudnn.allow_tf32 = config.plugin.tf32
+    with open_session(config, folder, world) as session, session.out_of_memory_explained():
+        status = train_loop(session)
+        session.finish(status, export_model=export_model)
+
+
+_ = (os, leave_world)

@@ -1,0 +1,197 @@
+"""What a run came to: `summary.json`, and the table printed at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Literal, TextIO
+
+from albireo.training.metrics import EvalRow, TrainRow, finite_or_none
+from albireo.training.progress import format_bytes, format_duration, format_perplexity
+from albireo.training.run_folder import RunFolder
+
+__all__ = ["RunFacts", "print_summary", "summarise"]
+
+_LAST_STEPS = 20
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a summary says that the rows of a run do not know.
+
+    Attributes:
+        status: whether all steps were done, or the user stopped the run before.
+        model: the model's name.
+        parameters: how many numbers are trained; tied weights count once.
+        plugin: the plugin's name.
+        precision: the precision's name.
+        device: the device's name.
+        world_size: how many ranks trained.
+        total_seconds: how long the run took, from start to end.
+    """
+
+    status: Literal["finished", "interrupted"]
+    model: str
+    parameters: int
+    plugin: str
+    precision: str
+    device: str
+    world_size: int
+    total_seconds: float
+
+
+def summarise(
+    train_rows: Sequence[TrainRow], eval_rows: Sequence[EvalRow], facts: RunFacts, folder: RunFolder
+) -> dict[str, Any]:
+    """Gather a run's summary. Pure: it reads no file and no clock.
+
+    Rates and the step time are medians, which the slow first step and a checkpoint on the way do not move. Numbers
+    that are not finite, or that there is nothing to make of, are None.
+
+    Args:
+        train_rows: by step.
+        eval_rows: by step.
+        facts: what the rows do not know.
+        folder: where the run lies.
+
+    Returns:
+        What `summary.json` holds: names as in `metrics.jsonl`, paths relative to the run folder, which may be moved.
+    """
+    losses = [row.loss for row in train_rows]
+    last_losses = [loss for loss in losses[-_LAST_STEPS:] if math.isfinite(loss)]
+    finite_evals = [row for row in eval_rows if math.isfinite(row.eval_loss)]
+    best = min(finite_evals, key=lambda row: row.eval_loss, default=None)
+    return {
+        "status": facts.status,
+        "model": facts.model,
+        "parameters": facts.parameters,
+        "plugin": facts.plugin,
+        "precision": facts.precision,
+        "device": facts.device,
+        "world_size": facts.world_size,
+        "steps": train_rows[-1].step if train_rows else 0,
+        "epochs": train_rows[-1].epoch if train_rows else 0,
+        "train_loss": fmean(last_losses) if last_losses else None,
+        "train_loss_steps": len(last_losses),
+        "non_finite_steps": sum(not math.isfinite(loss) for loss in losses),
+        "first_eval": _evaluation(eval_rows[0] if eval_rows else None),
+        "last_eval": _evaluation(eval_rows[-1] if eval_rows else None),
+        "best_eval": _evaluation(best),
+        "step_seconds": _median(train_rows, lambda row: row.step_seconds),
+        "samples_per_second": _median(train_rows, lambda row: row.samples_per_second),
+        "tokens_per_second": _median(train_rows, lambda row: row.tokens_per_second),
+        "total_seconds": finite_or_none(facts.total_seconds),
+        "device_peak_bytes": max((row.device_peak_bytes for row in train_rows), default=0),
+        "host_peak_bytes": max((row.host_peak_bytes for row in train_rows), default=0),
+        "loss_plot_path": folder.loss_plot_path.name,
+        "model_path": folder.model_path.name,
+    }
+
+
+def print_summary(summary: Mapping[str, Any], folder: RunFolder, stream: TextIO) -> None:
+    """Print a summary as a table of two columns, and then where the plot and the model are.
+
+    Only files that exist are named, so that the last lines can be relied on.
+
+    Args:
+        summary: as `summarise` made it.
+        folder: where the run lies.
+        stream: where to print; only spaces lay the table out unless it is a terminal.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # A file has no width: lines there are as long as what they say.
+    console = Console(file=stream, highlight=False, width=None if stream.isatty() else 200)
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for name, value in _lines(summary):
+        table.add_row(Text(name), Text(value))
+    with console.capture() as capture:
+        console.print(Text(f"run {summary['status']}", style="bold"))
+        console.print(table)
+        for name, path in _places(folder):
+            # As one unbroken line each, however long: a path is there to be copied.
+            console.print(Text(f"{name}  {path}"), soft_wrap=True)
+    # The table fills its last column with spaces.
+    stream.write("".join(line.rstrip() + "\n" for line in capture.get().splitlines()))
+    stream.flush()
+
+
+def _evaluation(row: EvalRow | None) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    return {
+        "step": row.step,
+        "eval_loss": finite_or_none(row.eval_loss),
+        "perplexity": finite_or_none(row.perplexity),
+    }
+
+
+def _median(rows: Sequence[TrainRow], of: Callable[[TrainRow], float]) -> float | None:
+    values = [value for value in map(of, rows) if math.isfinite(value)]
+    return median(values) if values else None
+
+
+def _lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = [
+        ("model", f"{summary['model']}, {_count(summary['parameters'])} parameters"),
+        ("trained with", f"{summary['plugin']}, {summary['precision']}, {_ranks(summary)}"),
+        ("steps", f"{summary['steps']:,}, {_plural(summary['epochs'], 'epoch')}"),
+    ]
+    if summary["train_loss"] is not None:
+        steps = summary["train_loss_steps"]
+        lines.append(("training loss", f"{summary['train_loss']:.3f} (mean of the last {_plural(steps, 'step')})"))
+    if summary["non_finite_steps"]:
+        lines.append(("not finite", f"the loss of {_plural(summary['non_finite_steps'], 'step')}"))
+    lines += [
+        (f"evaluation, {name}", _evaluation_text(summary[f"{name}_eval"]))
+        for name in ("first", "last", "best")
+        if summary[f"{name}_eval"] is not None
+    ]
+    if summary["step_seconds"] is not None:
+        lines.append(("step time", f"{summary['step_seconds']:.3g} s (median)"))
+    if summary["samples_per_second"] is not None and summary["tokens_per_second"] is not None:
+        rates = f"{summary['samples_per_second']:,.4g} samples/s, {summary['tokens_per_second']:,.0f} tokens/s"
+        lines.append(("speed", rates))
+    if summary["total_seconds"] is not None:
+        lines.append(("total time", format_duration(summary["total_seconds"])))
+    if summary["device_peak_bytes"]:
+        lines.append(("device memory, peak", format_bytes(summary["device_peak_bytes"])))
+    lines.append(("host memory, peak", format_bytes(summary["host_peak_bytes"])))
+    return lines
+
+
+def _places(folder: RunFolder) -> list[tuple[str, Path]]:
+    places = [("loss plot", folder.loss_plot_path), ("model    ", folder.model_path)]
+    return [(name, path) for name, path in places if path.exists()]
+
+
+def _evaluation_text(evaluation: Mapping[str, Any]) -> str:
+    if evaluation["eval_loss"] is None:
+        return f"loss not finite (step {evaluation['step']:,})"
+    perplexity = evaluation["perplexity"] if evaluation["perplexity"] is not None else math.inf
+    return (
+        f"loss {evaluation['eval_loss']:.3f}, perplexity {format_perplexity(perplexity)} (step {evaluation['step']:,})"
+    )
+
+
+def _ranks(summary: Mapping[str, Any]) -> str:
+    return summary["device"] if summary["world_size"] == 1 else f"{summary['world_size']} ranks on {summary['device']}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _count(number: int) -> str:
+    """Write a count as people say model sizes: 124M, 6.66B."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

@@ -1,0 +1,80 @@
+"""Fixtures for all tests, and the checks that a test leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import settings
+from rank_pool import RankPool
+
+# A shared machine may be slow for a moment: how long an example takes says nothing about what it shows.
+settings.register_profile("albireo", deadline=None)
+settings.load_profile("albireo")
+
+# Variables that pytest, torch or a library that is imported for the first time sets for the whole process.
+_SET_BY_OTHERS = {"PYTEST_CURRENT_TEST", "KINETO_LOG_LEVEL", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is not for here, each with its reason."""
+    for item in items:
+        if "full" in item.keywords and os.environ.get("ALBIREO_TEST_FULL") != "1":
+            item.add_marker(pytest.mark.skip(reason="part of the whole matrix, which .ci/full runs"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and there is none here"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaks a thread, an environment variable, a process group or a global setting of torch."""
+    variables = dict(os.environ)
+    threads = set(threading.enumerate())
+    settings = _torch_settings()
+    yield
+    left = {key for key, value in os.environ.items() if variables.get(key) != value} | (set(variables) - set(os.environ))
+    assert not left - _SET_BY_OTHERS, f"the test changed environment variables: {sorted(left - _SET_BY_OTHERS)}"
+    extra = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
+    assert not extra, f"the test left threads running: {[thread.name for thread in extra]}"
+    assert not dist.is_initialized(), "the test left a process group"
+    assert _torch_settings() == settings, "the test changed a global setting of torch"
+
+
+def _torch_settings() -> tuple[object, ...]:
+    return (
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_num_threads(),
+    )
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data that some machines have beside the repository."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the folder of real data {folder.name} is not beside this repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    """Two ranks, started once for all tests."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[RankPool]:
+    """Four ranks, started once for all tests."""
+    pool = RankPool(4)
+    yield pool
+    pool.close()

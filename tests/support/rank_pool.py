@@ -1,0 +1,103 @@
+"""Ranks that are started once for all tests of a world size: a start costs many seconds, a case inside one very few.
+
+A case is a function of a test file, `function(world, **arguments)`, that runs on every rank and returns JSON values.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, Callable
+
+from albireo.distributed import World, join_world, leave_world
+from albireo.distributed.launch import rank_environment
+
+
+class RankPool:
+    """Several ranks that wait for cases."""
+
+    def __init__(self, world_size: int) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="albireo-test-ranks-")
+        self._ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(Path(self._folder.name) / "store")],
+                env=rank_environment(rank, world_size, os.environ),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world_size)
+        ]
+
+    def run(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
+        """Run a case on every rank and return each rank's result; a failure on any is raised with its traceback."""
+        file = Path(sys.modules[function.__module__].__file__ or "")
+        task = json.dumps({"file": str(file), "function": function.__name__, "arguments": arguments})
+        for rank in self._ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(task + "\n")
+            rank.stdin.flush()
+        answers = []
+        for number, rank in enumerate(self._ranks):
+            assert rank.stdout is not None
+            line = rank.stdout.readline()
+            if not line:
+                raise RuntimeError(f"rank {number} of the pool died while it ran {function.__name__}")
+            answers.append(json.loads(line))
+        failures = [answer["error"] for answer in answers if "error" in answer]
+        if failures:
+            raise AssertionError(f"{function.__name__} failed on {len(failures)} ranks; the first:\n{failures[0]}")
+        return [answer["result"] for answer in answers]
+
+    def close(self) -> None:
+        """End the ranks."""
+        for rank in self._ranks:
+            assert rank.stdin is not None
+            assert rank.stdout is not None
+            rank.stdin.close()
+        for rank in self._ranks:
+            try:
+                rank.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                rank.wait()
+            rank.stdout.close()
+        self._folder.cleanup()
+
+
+def _load(file: str) -> Any:
+    spec = importlib.util.spec_from_file_location("case_" + Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _serve(world: World, answers: Any) -> None:
+    modules: dict[str, Any] = {}
+    for line in sys.stdin:
+        task = json.loads(line)
+        try:
+            if task["file"] not in modules:
+                modules[task["file"]] = _load(task["file"])
+            result = getattr(modules[task["file"]], task["function"])(world, **task["arguments"])
+            answer = {"result": result}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    # What a case prints must not be taken for an answer.
+    answer_stream = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _serve(join_world(store_path=Path(sys.argv[1])), answer_stream)
+    leave_world()
