@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import settings
 from rank_pool import RankPool
+from train_server import TrainServer
 
 # A shared machine may be slow for a moment: how long an example takes says nothing about what it shows.
 settings.register_profile("albireo", deadline=None)
@@ -78,3 +79,17 @@ def four_ranks() -> Iterator[RankPool]:
     pool = RankPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def train_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrainServer]:
+    """A server that runs `albireo` in a process of its own without the seconds that imports take."""
+    server = TrainServer(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of tokenized data that all tests share: the same text is tokenized once."""
+    return tmp_path_factory.mktemp("cache")

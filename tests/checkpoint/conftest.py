@@ -81,7 +81,7 @@ class FailingFiles(FileOperations):
     """Raises an error at one operation, and if `lasting` at each later one that needs room on the disk."""
 
     def __init__(self, at: int, code: int, *, lasting: bool) -> None:
-        super().__init__(chunk_bytes=64)
+        super().__init__(chunk_bytes=512)
         self.left = at
         self.code = code
         self.lasting = lasting

@@ -134,7 +134,7 @@ FORGERIES: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (change(("files",), {}), "files must be a list"),
     (lambda content: content["files"].append(content["files"][1]), "given twice"),
     (lambda content: content["files"].append(content["files"][0]), "a file is listed twice"),
-    (lambda content: content["files"].pop(1), "elements 0 to 12 of 12 of model/weight are missing"),
+    (lambda content: content["files"].pop(1), "elements 0 to .* are missing"),
     (lambda content: content["files"].pop(0), "is not listed|whole number"),
     (lambda content: content.pop("tensors"), "tensors is missing"),
 ]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +17,17 @@ from albireo.errors import CheckpointError
 
 def test_any_safetensors_reader_opens_the_file(tmp_path: Path, tiny: Callable[[int], dict[str, torch.Tensor]]) -> None:
     tensors = {name: tensor for name, tensor in tiny(3).items() if tensor.numel()}
-    # The narrow ones first: elements must still lie at multiples of their width, or the library cannot view them.
+    # The narrow ones first: elements must still lie at multiples of their width, for readers that map the file.
     slices = [whole(name, tensor) for name, tensor in sorted(tensors.items(), key=lambda i: i[1].element_size())]
     slices.append(TensorSlice("model/part", (10, 10), 37, torch.arange(5.0)))
     path = tmp_path / "x.safetensors"
     record = write_tensor_file(path, slices, FileOperations())
+    data = path.read_bytes()
+    header_bytes = int.from_bytes(data[:8], "little")
+    assert header_bytes % 8 == 0
+    for name, entry in json.loads(data[8 : 8 + header_bytes]).items():
+        if name in tensors:
+            assert entry["data_offsets"][0] % tensors[name].element_size() == 0
     with safe_open(path, "pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
     assert found.pop("model/part@37").tolist() == [0, 1, 2, 3, 4]

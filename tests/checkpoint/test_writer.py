@@ -63,7 +63,7 @@ def test_files_are_no_larger_than_a_shard(tmp_path: Path) -> None:
     slices = [whole("a", torch.arange(100.0)), whole("b", torch.arange(10.0)), whole("c", torch.arange(9.0))]
     path = save_checkpoint(tmp_path, Snapshot(step=1, slices=slices), ranks=OneRank(), keep=1, shard_bytes=80)
     files = sorted(path.glob("*.safetensors"))
-    assert len(files) == 7
+    assert len(files) == 6
     for file in files:
         data = file.read_bytes()
         assert len(data) - 8 - int.from_bytes(data[:8], "little") <= 80
@@ -232,15 +232,18 @@ def test_the_others_say_which_rank_failed_and_why(run_ranks: Callable, save_rank
     assert isinstance(results[1], ValueError)
     for rank in (0, 2):
         assert isinstance(results[rank], CheckpointError)
-        assert str(results[rank]) == "rank 1 failed: the slices ran out"
+        assert str(results[rank]) == (
+            "the checkpoint of step 10 was not saved, and the older ones stay: rank 1 failed: the slices ran out"
+        )
 
 
 def test_ranks_that_save_the_same_tensor_are_refused_together(
     tmp_path: Path, run_ranks: Callable, save_rank: Callable[..., Path]
 ) -> None:
     results = run_ranks(2, lambda ranks: save_rank(ranks, 10, 1, slices=[whole("model/weight", torch.zeros(2))]))
-    assert "elements 0 to 2 of 2 of model/weight are given twice" in str(results[0])
-    assert str(results[1]) == f"rank 0 failed: {results[0]}"
+    reason = "elements 0 to 2 of 2 of model/weight are given twice"
+    assert str(results[0]).endswith(f": {reason}")
+    assert str(results[1]).endswith(f": rank 0 failed: {reason}")
     assert names(tmp_path) == []
 
 

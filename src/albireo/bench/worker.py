@@ -15,7 +15,7 @@ from albireo.bench.references import REFERENCES
 from albireo.bench.timing import time_steps
 from albireo.data import RandomTokens, samples_at
 from albireo.device import select_device
-from albireo.models import build_model, enable_activation_checkpointing, resolve_model
+from albireo.models import build_model, configure_model, enable_activation_checkpointing, resolve_model
 from albireo.training.memory_needs import is_out_of_memory
 from albireo.training.text import RANDOM_BLOCKS
 
@@ -46,8 +46,9 @@ def run_case(case: Case) -> CaseResult:
 
 def _measure_reference(case: Case) -> CaseResult:
     device = select_device(0)
-    model = build_model(resolve_model(case.model), init="random", seed=case.seed, dropout=0.0, device=device)
-    model.train()
+    choice = resolve_model(case.model)
+    config, _ = configure_model(choice, init="random", sequence_length=case.sequence_length)
+    model = build_model(choice, config, init="random", seed=case.seed, device=device)
     if case.checkpointing:
         enable_activation_checkpointing(model, preserve_rng_state=False)
     data = RandomTokens(RANDOM_BLOCKS, case.sequence_length, model.config.vocab_size, case.seed)

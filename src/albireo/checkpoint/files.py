@@ -87,7 +87,10 @@ class FileOperations:
         if path.parent != path:
             self.make_directory(path.parent)
         self.about_to("make directory", path)
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
         self.sync_directory(path.parent)
 
     def sync_directory(self, path: Path) -> None:

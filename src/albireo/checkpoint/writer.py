@@ -120,8 +120,10 @@ def save_checkpoint(
         turns.pass_the_rest()
         if ranks.rank == 0 and not turns.is_broken:
             save.free_space()
-        if isinstance(error, OSError):
-            raise CheckpointError(save.explain(error)) from error
+        if isinstance(error, OSError | CheckpointError):
+            raise CheckpointError(
+                f"the checkpoint of step {snapshot.step} was not saved, and the older ones stay: {save.explain(error)}"
+            ) from error
         raise
     return checkpoint_path(save.folder, snapshot.step)
 
@@ -172,7 +174,7 @@ class _Save:
         """Write this rank's tensors, then its listing."""
         self._raise_noted()
         if not self._unfinished.is_dir():
-            raise _NotedError(self._say("rank 0 could not begin; it says why"))
+            raise _NotedError("rank 0 could not begin; it says why")
         tensors: dict[str, TensorInfo] = {}
         records = [
             write_tensor_file(self._unfinished / tensor_file_name(self._rank, number), shard, self._files)
@@ -228,15 +230,14 @@ class _Save:
         """Raise if rank 0 could not finish: the unfinished folder is there for as long as the checkpoint is not."""
         if self._unfinished.exists():
             self._raise_noted()
-            raise _NotedError(self._say("rank 0 could not finish; it says why"))
+            raise _NotedError("rank 0 could not finish; it says why")
 
     def note_failure(self, error: Exception) -> None:
         """Leave a note for the other ranks, if that is possible: they learn of the failure without it, but not why."""
         if isinstance(error, _NotedError):
             return
-        text = self.explain(error) if isinstance(error, OSError) else " ".join(str(error).split())
         with contextlib.suppress(OSError):
-            self._files.write_bytes(self._note_path(self._rank), text[:500].encode())
+            self._files.write_bytes(self._note_path(self._rank), self.explain(error)[:500].encode())
 
     def free_space(self) -> None:
         """Remove what was written in vain: it may be what filled the disk. What stays, the next save removes."""
@@ -244,14 +245,12 @@ class _Save:
             if self._unfinished.exists():
                 self._files.remove_tree(self._unfinished)
 
-    def explain(self, error: OSError) -> str:
-        """Return one line on an error of the system."""
-        path = error.filename or self._unfinished
+    def explain(self, error: Exception) -> str:
+        """Return one line on what went wrong, and what to do where the system says no."""
+        if not isinstance(error, OSError):
+            return " ".join(str(error).split())
         hint = _HINTS.get(error.errno or 0)
-        return self._say(f"{error.strerror or error}: {path}") + (f"; {hint}" if hint else "")
-
-    def _say(self, what: str) -> str:
-        return f"the checkpoint of step {self._snapshot.step} was not saved, and the older ones stay: {what}"
+        return f"{error.strerror or error}: {error.filename or self._unfinished}" + (f"; {hint}" if hint else "")
 
     def _note_path(self, rank: int) -> Path:
         return self._unfinished / f"rank-{rank:05d}.failed"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import click
 
 from albireo import __version__
+from albireo.cli.bench import bench
 from albireo.cli.train import train
 from albireo.errors import AlbireoError
 
@@ -26,14 +27,6 @@ Every verb has --help. A wrong value is one line and exit code 2.
 """
 
 
-class _Failure(Exception):
-    """A run that ended with an exit code and a line."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 @click.group(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="albireo")
 def cli() -> None:
@@ -41,6 +34,7 @@ def cli() -> None:
 
 
 cli.add_command(train)
+cli.add_command(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,10 +23,10 @@ _SMALLEST_PLAUSIBLE = 4
 def load_tokenizer(path_or_id: str | Path, *, reachable: Callable[[], bool] = hub_is_reachable) -> TextTokenizer:
     """Load a tokenizer.
 
-    A folder with `tokenizer.json` is read as it is. `vocab.json` and `merges.txt` are a byte-level pair encoding as
+    A folder with `tokenizer.json` is read as it is, whatever else lies beside it, as transformers does. `vocab.json` and `merges.txt` are a byte-level pair encoding as
     GPT-2's and OPT's; the vocabulary tells which: with `</s>` and `<pad>` a text begins with `</s>`, as OPT's do, with
-    `<|endoftext|>` alone it has no prefix, as GPT-2's. Whatever else there is, and where `tokenizer_config.json` says
-    more than these files, goes through transformers, without code from the hub.
+    `<|endoftext|>` alone it has no prefix, as GPT-2's. With `tokenizer_config.json` beside them, and whatever else there
+    is, goes through transformers, without code from the hub.
 
     Args:
         path_or_id: a folder, a `tokenizer.json`, or a name on the Hugging Face hub.
@@ -38,25 +38,20 @@ def load_tokenizer(path_or_id: str | Path, *, reachable: Callable[[], bool] = hu
     path = Path(path_or_id).expanduser()
     if path.is_file():
         return _from_json(path, str(path_or_id))
-    if not path.is_dir():
+    if not path.is_dir() or not str(path_or_id).strip():
         return _from_hub(path_or_id, reachable)
     name = str(path_or_id)
-    config = _read_object(path / "tokenizer_config.json")
-    if (path / "tokenizer.json").is_file() and not _says_more(config):
+    if (path / "tokenizer.json").is_file():
         return _from_json(path / "tokenizer.json", name)
+    config = _read_object(path / "tokenizer_config.json")
     parts = [path / "vocab.json", path / "merges.txt"]
     present = [part for part in parts if part.is_file()]
     if len(present) == len(parts) and not config:
         return _from_vocabulary(parts[0], parts[1], name)
-    if len(present) == 1 and not (path / "tokenizer.json").is_file():
+    if len(present) == 1:
         missing = next(part for part in parts if part not in present)
         raise ModelError(f"{missing} is missing: a byte-level tokenizer needs vocab.json and merges.txt")
     return _through_transformers(path, name, local=True)
-
-
-def _says_more(config: dict[str, Any]) -> bool:
-    """Whether transformers would build other special tokens around tokenizer.json than those in the file."""
-    return any(key in config for key in ("add_bos_token", "add_eos_token", "auto_map"))
 
 
 def _from_json(file: Path, name: str) -> TextTokenizer:
@@ -158,7 +153,13 @@ def _through_transformers(where: str | Path, name: str, *, local: bool) -> TextT
         loaded = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=local)
         tokenizer = loaded.backend_tokenizer
     except Exception as error:  # whatever a malformed file makes transformers stumble over
-        raise ModelError(f"no tokenizer can be loaded from {name}: {_first_line(error)}") from error
+        unreachable = (
+            "" if Path(where).is_dir() or not local else "the Hugging Face hub cannot be reached, and in its cache: "
+        )
+        raise ModelError(
+            f"no tokenizer can be loaded from {name}: {unreachable}{_first_line(error)}; "
+            f"name a folder with tokenizer.json, or with vocab.json and merges.txt"
+        ) from error
     # A folder with a model's config.json alone makes an empty tokenizer there, without an error.
     if tokenizer.get_vocab_size(with_added_tokens=True) < _SMALLEST_PLAUSIBLE:
         raise ModelError(

@@ -61,7 +61,7 @@ def open_session(
         planned = plan_language_model(config)
         _check_memory(config, planned, world)
         data = load_run_data(
-            config, tokenizer=planned.tokenizer, vocab_size=planned.tokenizer_vocab_size, progress=progress
+            config, tokenizer=planned.tokenizer, vocab_size=planned.rows, progress=progress
         )
         layout = BatchLayout(
             batch_size=config.optimizer.batch_size or 1,
@@ -97,7 +97,7 @@ def open_session(
                 position=position,
                 files=files,
                 parameters=sum(p.numel() for p in state.model.unwrap().parameters() if p.requires_grad),
-                logits_bytes=_logits_bytes(layout.batch_size * data.train.sequence_length, planned.rows_at_least),
+                logits_bytes=_logits_bytes(layout.batch_size * data.train.sequence_length, planned.rows),
             )
 
 
@@ -137,7 +137,7 @@ def _build_state(
 ) -> RunState:
     """Build the model, and boost it."""
     with progress.task(f"building the model ({planned.parameters:,} parameters)"):
-        pretrained, lines = planned.build(data.tokenizer, world.device)
+        pretrained, lines = planned.build(data.tokenizer, config, world.device)
     for line in lines:
         progress.message(line)
     names, aliases = tensor_names(pretrained)

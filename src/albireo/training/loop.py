@@ -7,7 +7,7 @@ numbers at the same step, all agree on when to stop.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from albireo.training.causal_lm import inputs_of
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["train_loop"]
 
 
-def train_loop(session: Session) -> str:
+def train_loop(session: Session) -> Literal["finished", "interrupted"]:
     """Train from where the session stands to its last step.
 
     Args:

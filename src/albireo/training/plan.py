@@ -81,9 +81,8 @@ def plan_run(
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make what exists as a path absolute: a run goes on from wherever its user stands."""
-    model = dataclasses.replace(
-        config.model, model=_absolute(config.model.model), tokenizer=_absolute(config.model.tokenizer)
-    )
+    # Not the model's name: only the families know whether it is a size or a folder.
+    model = dataclasses.replace(config.model, tokenizer=_absolute(config.model.tokenizer))
     data = dataclasses.replace(config.data, data=_absolute(config.data.data), cache=_absolute(config.data.cache))
     return dataclasses.replace(config, model=model, data=data)
 

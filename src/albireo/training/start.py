@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ import torch
 
 from albireo.config import MachineFacts, RunConfig, config_from_mapping, config_to_mapping, resolve
 from albireo.device import detect_device_type, device_count, has_native_bf16
-from albireo.distributed import World, join_world, launch_ranks, leave_world
+from albireo.distributed import World, join_world, launch_ranks
 from albireo.errors import AlbireoError
 from albireo.models import resolve_model
+from albireo.training.assemble import open_session
 from albireo.training.loop import train_loop
 from albireo.training.plan import RunPlan
 from albireo.training.run_folder import RunFolder
-from albireo.training.session import open_session
 
 __all__ = ["resolved_config", "start_run", "train_on_rank"]
 
@@ -32,9 +32,14 @@ def resolved_config(plan: RunPlan) -> RunConfig:
         ConfigError: it cannot be done, or not on this machine.
     """
     facts = MachineFacts(detect_device_type(), device_count(), has_native_bf16())
-    config = resolve(plan.config, facts)
-    resolve_model(config.model.model)
-    return config
+    choice = resolve_model(plan.config.model.model)
+    name = choice.name
+    if choice.size is not None:
+        name = choice.size
+    elif choice.hub_id is None and choice.folder is not None:
+        name = str(choice.folder.resolve())
+    model = dataclasses.replace(plan.config.model, model=name)
+    return resolve(dataclasses.replace(plan.config, model=model), facts)
 
 
 def start_run(plan: RunPlan, folder: RunFolder) -> None:
@@ -88,6 +93,3 @@ def train_on_rank(config: RunConfig, folder: RunFolder, world: World, *, export_
     with open_session(config, folder, world) as session, session.out_of_memory_explained():
         status = train_loop(session)
         session.finish(status, export_model=export_model)
-
-
-_ = (os, leave_world)

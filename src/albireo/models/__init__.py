@@ -1,0 +1,37 @@
+"""What a family of models is, which model a name means, and how it comes into memory."""
+
+from __future__ import annotations
+
+from albireo.models.build import build_model, configure_model, materialise
+from albireo.models.checkpointing import enable_activation_checkpointing
+from albireo.models.choice import ModelChoice, fetch_model, resolve_model
+from albireo.models.families import FAMILIES, count_parameters, family_of
+from albireo.models.family import Family, Size
+from albireo.models.initialise import initial_values, initialise, initialise_module
+from albireo.models.opt import OPT
+from albireo.models.pretrained import load_weights, weight_files
+from albireo.models.vocabulary import Init, Vocabulary, reconcile_vocabulary
+
+__all__ = [
+    "FAMILIES",
+    "OPT",
+    "Family",
+    "Init",
+    "ModelChoice",
+    "Size",
+    "Vocabulary",
+    "build_model",
+    "configure_model",
+    "count_parameters",
+    "enable_activation_checkpointing",
+    "family_of",
+    "fetch_model",
+    "initial_values",
+    "initialise",
+    "initialise_module",
+    "load_weights",
+    "materialise",
+    "reconcile_vocabulary",
+    "resolve_model",
+    "weight_files",
+]

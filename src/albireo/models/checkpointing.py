@@ -1,0 +1,35 @@
+"""Activation checkpointing: keep only what goes into a block, and compute the rest again in the backward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from albireo.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["enable_activation_checkpointing"]
+
+
+def enable_activation_checkpointing(model: PreTrainedModel, *, preserve_rng_state: bool) -> None:
+    """Turn on the model's own activation checkpointing, a block at a time (Chen et al., 2016).
+
+    Args:
+        model: the model; it recomputes while it is in training mode.
+        preserve_rng_state: recompute with the random state of the forward, as dropout needs. Without dropout False
+            saves keeping and restoring that state for each block.
+
+    Raises:
+        ModelError: the model has no such switch.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(f"{type(model).__name__} has no activation checkpointing: train it without --checkpointing")
+    options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    # transformers 5.2x renamed the switch and warns at the old name; 5.17 knows only that one.
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[no-untyped-call]
+    # The switch also makes embeddings ask for a gradient, frozen or not, which only reentrant checkpointing needs.
+    model.disable_input_require_grads()  # type: ignore[no-untyped-call]

@@ -1,0 +1,87 @@
+"""Which language model a run trains: its family, where its weights and its tokenizer come from, and how it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from albireo.config import RunConfig
+from albireo.data import TextTokenizer
+from albireo.models import Family, Init, ModelChoice, Vocabulary, build_model, configure_model, resolve_model
+
+__all__ = ["LanguageModelPlan", "plan_language_model"]
+
+
+@dataclass(frozen=True)
+class LanguageModelPlan:
+    """A model that is chosen and not yet built.
+
+    Attributes:
+        choice: which model.
+        init: where its weights come from.
+        parameters: how many it has.
+        rows: of its vocabulary, as far as is known before the tokenizer is.
+        tokenizer: where its tokenizer is loaded from; None trains one on the data.
+    """
+
+    choice: ModelChoice
+    init: Init
+    parameters: int
+    rows: int
+    tokenizer: str | None
+
+    @property
+    def family(self) -> Family:
+        """What tells the model's parts."""
+        return self.choice.family
+
+    def build(
+        self, tokenizer: TextTokenizer | None, config: RunConfig, device: torch.device
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """Build the model on a device.
+
+        Args:
+            tokenizer: whose ids it is to read; None for random ids.
+            config: seed and dropout.
+            device: where.
+
+        Returns:
+            The model in fp32, and lines for the user.
+
+        Raises:
+            ModelError: the weights cannot be loaded, or do not go with the tokenizer.
+        """
+        vocabulary = None
+        if tokenizer is not None:
+            vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        model_config, lines = configure_model(
+            self.choice, init=self.init, vocabulary=vocabulary, dropout=config.model.dropout
+        )
+        model = build_model(self.choice, model_config, init=self.init, seed=config.schedule.seed, device=device)
+        return model, lines
+
+
+def plan_language_model(config: RunConfig) -> LanguageModelPlan:
+    """Choose the model and its tokenizer.
+
+    Args:
+        config: a resolved configuration.
+
+    Raises:
+        ModelError: there is no such model, or it cannot read sequences of this length.
+    """
+    choice = resolve_model(config.model.model)
+    init: Init = "pretrained" if config.model.init == "pretrained" else "random"
+    model_config, _ = configure_model(choice, init=init, sequence_length=config.data.sequence_length)
+    tokenizer = config.model.tokenizer
+    if tokenizer is None and init == "pretrained":
+        tokenizer = choice.hub_id if choice.folder is None else str(choice.folder)
+    return LanguageModelPlan(
+        choice=choice,
+        init=init,
+        parameters=choice.family.count_parameters(model_config),
+        rows=int(model_config.vocab_size),
+        tokenizer=tokenizer,
+    )

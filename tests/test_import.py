@@ -1,0 +1,42 @@
+"""Importing the package changes nothing, and is quick."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import os, sys, threading
+before = dict(os.environ)
+import albireo
+import albireo.cli.main
+assert dict(os.environ) == before, "an environment variable changed"
+assert threading.active_count() == 1, "a thread was started"
+heavy = {"torch", "transformers", "datasets", "matplotlib", "numpy"} & set(sys.modules)
+assert not heavy, f"imported for nothing: {heavy}"
+"""
+
+TORCH_PROGRAM = """
+import os, sys, threading
+import torch, transformers
+state = torch.get_rng_state()
+settings = (torch.get_default_dtype(), torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32)
+before, threads = dict(os.environ), threading.active_count()
+import albireo.training.start, albireo.bench.report, albireo.booster
+assert torch.equal(torch.get_rng_state(), state), "the random state moved"
+assert settings == (torch.get_default_dtype(), torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32)
+changed = {key for key in os.environ if os.environ[key] != before.get(key)}
+assert not changed, f"environment variables changed: {changed}"
+assert threading.active_count() == threads, "a thread was started"
+"""
+
+
+def run(program: str) -> None:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_loads_nothing_heavy_and_changes_nothing() -> None:
+    run(PROGRAM)
+
+
+def test_importing_everything_changes_nothing() -> None:
+    run(TORCH_PROGRAM)
