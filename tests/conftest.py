@@ -38,7 +38,9 @@ def nothing_left_behind() -> Iterator[None]:
     threads = set(threading.enumerate())
     settings = _torch_settings()
     yield
-    left = {key for key, value in os.environ.items() if variables.get(key) != value} | (set(variables) - set(os.environ))
+    left = {key for key, value in os.environ.items() if variables.get(key) != value} | (
+        set(variables) - set(os.environ)
+    )
     assert not left - _SET_BY_OTHERS, f"the test changed environment variables: {sorted(left - _SET_BY_OTHERS)}"
     extra = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
     assert not extra, f"the test left threads running: {[thread.name for thread in extra]}"

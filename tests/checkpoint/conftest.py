@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from albireo.checkpoint import Checkpoint, FileOperations, OneRank, Snapshot, TensorSlice, save_checkpoint, whole
+from albireo.checkpoint import Checkpoint, OneRank, Snapshot, TensorSlice, save_checkpoint, whole
+from albireo.files import FileOperations
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from albireo.checkpoint import FileOperations, replace_folder, settle_folder
+from albireo.checkpoint import replace_folder, settle_folder
 from albireo.errors import CheckpointError
+from albireo.files import FileOperations
 
 
 def writer(text: str) -> Callable[[Path], None]:

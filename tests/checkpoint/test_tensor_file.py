@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from albireo.checkpoint.files import FileOperations
 from albireo.checkpoint.slices import TensorSlice, whole
 from albireo.checkpoint.tensor_file import write_tensor_file
 from albireo.errors import CheckpointError
+from albireo.files import FileOperations
 
 
 def test_any_safetensors_reader_opens_the_file(tmp_path: Path, tiny: Callable[[int], dict[str, torch.Tensor]]) -> None:

@@ -12,7 +12,6 @@ import torch
 
 from albireo.checkpoint import (
     Checkpoint,
-    FileOperations,
     OneRank,
     Ranks,
     Snapshot,
@@ -23,6 +22,7 @@ from albireo.checkpoint import (
     whole,
 )
 from albireo.errors import CheckpointError, ConfigError
+from albireo.files import FileOperations
 from albireo.log import Log
 
 

@@ -12,16 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from albireo.checkpoint import (
-    Checkpoint,
-    FileOperations,
-    Ranks,
-    Snapshot,
-    TensorSlice,
-    newest_whole,
-    save_checkpoint,
-)
-from albireo.checkpoint.files import NewFile
+from albireo.checkpoint import Checkpoint, Ranks, Snapshot, TensorSlice, newest_whole, save_checkpoint
+from albireo.files import FileOperations, NewFile
 
 CRASHED = 77
 KINDS = {

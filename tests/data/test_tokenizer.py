@@ -44,6 +44,13 @@ def test_transformers_loads_a_saved_folder(trained: TextTokenizer, tmp_path: Pat
     assert len(loaded) == trained.vocab_size
 
 
+def test_transformers_takes_any_kind_as_it_is(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    TextTokenizer(words({"a": 0, "b": 1, "?": 2}), SpecialTokens(eos="b"), "x").save(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)("a c b")["input_ids"] == [0, 2, 1]
+
+
 def test_a_text_is_never_shortened_or_filled_up() -> None:
     tokenizer = words({"a": 0, "b": 1, "?": 2})
     tokenizer.enable_truncation(2)

@@ -12,7 +12,7 @@ from albireo.distributed import launch_ranks
 from albireo.distributed.launch import rank_environment
 from albireo.errors import AlbireoError, LaunchError
 
-ENTRIES = '''
+ENTRIES = """
 import json, os, pathlib, signal, time
 import torch
 from albireo.errors import DataError
@@ -37,7 +37,7 @@ def wait(world, payload):
     folder = pathlib.Path(payload["folder"])
     (folder / f"{world.rank}.pid").write_text(str(os.getpid()))
     time.sleep(600)
-'''
+"""
 
 
 @pytest.fixture
@@ -48,10 +48,10 @@ def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_rank_runs_the_entry_with_the_payload_as_given(entries: Path) -> None:
-    launch_ranks("launch_entries:add", {"folder": str(entries), "text": "two words, a \"quote\""}, 2)
+    launch_ranks("launch_entries:add", {"folder": str(entries), "text": 'two words, a "quote"'}, 2)
     facts = [json.loads((entries / f"{rank}.json").read_text()) for rank in range(2)]
     assert [fact["total"] for fact in facts] == [1.0, 1.0]
-    assert all(fact["text"] == "two words, a \"quote\"" for fact in facts)
+    assert all(fact["text"] == 'two words, a "quote"' for fact in facts)
     assert all(int(fact["threads"]) >= 1 for fact in facts)
 
 

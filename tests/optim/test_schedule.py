@@ -13,9 +13,7 @@ from albireo.optim import learning_rate_factor, scheduler_for, set_scheduler_ste
 )
 def test_it_rises_then_falls_and_every_step_moves(steps: int, warmup: int, schedule: str) -> None:
     warmup = min(warmup, steps - 1)
-    factors = [
-        learning_rate_factor(step, steps=steps, warmup_steps=warmup, schedule=schedule) for step in range(steps)
-    ]
+    factors = [learning_rate_factor(step, steps=steps, warmup_steps=warmup, schedule=schedule) for step in range(steps)]
     assert all(0 < factor <= 1 for factor in factors)
     assert factors[: warmup + 1] == sorted(factors[: warmup + 1])
     assert factors[warmup:] == sorted(factors[warmup:], reverse=True)

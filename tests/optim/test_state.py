@@ -21,7 +21,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
 
 
 def test_biases_and_norms_do_not_decay() -> None:
-    model, optimizer, names = make()
+    _, optimizer, names = make()
     decaying, plain = optimizer.param_groups
     assert sorted(names[parameter] for parameter in decaying["params"]) == ["0.weight", "2.weight"]
     assert sorted(names[parameter] for parameter in plain["params"]) == ["0.bias", "1.bias", "1.weight", "2.bias"]
@@ -54,5 +54,5 @@ def test_an_optimizer_goes_on_from_its_named_state_to_the_bit() -> None:
 
 def test_states_of_unknown_parameters_are_refused() -> None:
     _, optimizer, names = make()
-    with pytest.raises(CheckpointError, match="states of 7.weight"):
+    with pytest.raises(CheckpointError, match=r"states of 7\.weight"):
         restore_named_state(optimizer, names, {"exp_avg/7.weight": ((1,), torch.float32)}, lambda *_: None)

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from albireo.distributed import World, join_world, leave_world
 from albireo.distributed.launch import rank_environment
@@ -89,7 +90,7 @@ def _serve(world: World, answers: Any) -> None:
                 modules[task["file"]] = _load(task["file"])
             result = getattr(modules[task["file"]], task["function"])(world, **task["arguments"])
             answer = {"result": result}
-        except Exception:
+        except Exception:  # noqa: BLE001  it goes back to the test that asked
             answer = {"error": traceback.format_exc()}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

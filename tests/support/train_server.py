@@ -122,12 +122,13 @@ def _count_operations(crash_at: int | None, operations: str | None) -> None:
 
 
 def _serve() -> None:
-    import albireo.bench.report
-    import albireo.cli.main
-    import albireo.training.start  # noqa: F401
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     import transformers.models.opt.modeling_opt  # noqa: F401
+
+    import albireo.bench.report
+    import albireo.cli.main
+    import albireo.training.start  # noqa: F401
 
     print("ready", flush=True)
     child = 0

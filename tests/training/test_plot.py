@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from albireo.checkpoint import FileOperations
 from albireo.errors import RunFolderError
+from albireo.files import FileOperations
 from albireo.training.metrics import EvalRow, MetricsWriter, TrainRow
 from albireo.training.plot import build_figure, draw_loss, highest_loss_shown, smooth, thin_out
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from albireo.checkpoint import FileOperations
 from albireo.errors import RunFolderError
+from albireo.files import FileOperations
 from albireo.training.run_folder import RunFolder, replace_file
 
 NOON = datetime(2026, 3, 1, 12, 0, 5)  # noqa: DTZ001

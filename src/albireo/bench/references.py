@@ -36,9 +36,7 @@ def _plain(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Ste
     device = model.device
     optimizer = torch.optim.AdamW(_decay_groups(model), lr=5e-5, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=case.precision == "fp16")
-    autocast = (
-        nullcontext() if case.precision == "fp32" else torch.autocast(device.type, dtype=_DTYPES[case.precision])
-    )
+    autocast = nullcontext() if case.precision == "fp32" else torch.autocast(device.type, dtype=_DTYPES[case.precision])
 
     def step(number: int) -> torch.Tensor:
         ids = tokens(number)
@@ -63,7 +61,12 @@ def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Ste
 
     device = model.device
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(
+        backend,
+        store=dist.HashStore(),  # type: ignore[attr-defined]
+        rank=0,
+        world_size=1,
+    )
     try:
         policy = MixedPrecisionPolicy(param_dtype=_DTYPES[case.precision], reduce_dtype=torch.float32)
         for block in model.model.decoder.layers:

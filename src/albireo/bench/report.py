@@ -77,10 +77,7 @@ def combine(results: Sequence[CaseResult]) -> CaseResult:
         step_seconds_max=max(values("step_seconds_max")),
         samples_per_second=case.batch_size / seconds,
         tokens_per_second=case.batch_size * case.sequence_length / seconds,
-        **{
-            name: max(values(name))
-            for name in ("device_peak_bytes", "device_reserved_peak_bytes", "host_peak_bytes")
-        },
+        **{name: max(values(name)) for name in ("device_peak_bytes", "device_reserved_peak_bytes", "host_peak_bytes")},
     )
 
 

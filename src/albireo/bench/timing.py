@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import platform
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import transformers
 
 from albireo.bench.case import Case, CaseResult
-from albireo.device import PeakMemory, describe_device
+from albireo.device import Moment, PeakMemory, describe_device
 
 __all__ = ["result_of", "time_steps", "versions"]
 
@@ -26,14 +25,13 @@ def time_steps(case: Case, device: torch.device, step: Callable[[int], torch.Ten
         step: makes one step, given its number from 0, and returns its mean loss on the device.
     """
     PeakMemory(device).reset()
-    marks = [_mark(device)]
+    marks = [Moment(device)]
     losses: list[torch.Tensor] = []
     for number in range(case.warmup + case.steps):
         losses.append(step(number))
-        marks.append(_mark(device))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    seconds = [_between(first, second) for first, second in itertools.pairwise(marks)]
+        marks.append(Moment(device))
+    marks[-1].wait()
+    seconds = [later.seconds_since(earlier) for earlier, later in itertools.pairwise(marks)]
     return result_of(case, device, seconds[case.warmup :], [float(loss) for loss in losses])
 
 
@@ -73,19 +71,3 @@ def versions(device: torch.device) -> dict[str, str]:
         "transformers": transformers.__version__,
         "device": describe_device(device),
     }
-
-
-def _mark(device: torch.device) -> torch.cuda.Event | float:
-    """Return this moment, on the device's own clock where it has one: nothing is waited for."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _between(first: torch.cuda.Event | float, second: torch.cuda.Event | float) -> float:
-    """Return the seconds between two moments."""
-    if isinstance(first, float) or isinstance(second, float):
-        return float(second) - float(first)  # type: ignore[arg-type]  # both are floats, or neither
-    return first.elapsed_time(second) / 1000

@@ -1,7 +1,7 @@
 """Checkpoints: named slices of named tensors in safetensors files, and JSON; written whole or not at all.
 
 Read in this order: `slices` and `manifest` (what a checkpoint is: pure), `tensor_file` and `documents` (its two kinds
-of file), `files` (the only place that writes to the disk), `writer`, `housekeeping`, `reader`, `catalog`. `folder`
+of file), `writer`, `housekeeping`, `reader`, `catalog`. `folder`
 swaps any other folder in with the same care. Nothing here knows of process groups: other ranks are a `Ranks`.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from albireo.checkpoint.catalog import newest_whole
 from albireo.checkpoint.documents import JSON, NewerFormatError
-from albireo.checkpoint.files import FileOperations
 from albireo.checkpoint.folder import replace_folder, settle_folder
 from albireo.checkpoint.ranks import OneRank, Ranks
 from albireo.checkpoint.reader import Checkpoint, open_checkpoint
@@ -19,7 +18,6 @@ from albireo.checkpoint.writer import Snapshot, save_checkpoint
 __all__ = [
     "JSON",
     "Checkpoint",
-    "FileOperations",
     "NewerFormatError",
     "OneRank",
     "Ranks",

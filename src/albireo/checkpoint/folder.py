@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from albireo.checkpoint.files import FileOperations
 from albireo.errors import CheckpointError
+from albireo.files import FileOperations
 
 __all__ = ["replace_folder", "settle_folder"]
 

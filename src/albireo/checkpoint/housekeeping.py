@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from albireo.checkpoint.files import FileOperations
 from albireo.checkpoint.names import again_path, find_checkpoints, is_leftover, step_path, trash_path
 from albireo.checkpoint.reader import open_checkpoint
 from albireo.errors import CheckpointError
+from albireo.files import FileOperations
 
 __all__ = ["prune", "settle", "sweep"]
 

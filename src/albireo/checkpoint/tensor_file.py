@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from albireo.checkpoint.files import FileOperations
 from albireo.checkpoint.manifest import FileRecord
 from albireo.checkpoint.slices import DTYPE_CODES, Piece, TensorInfo, TensorSlice
 from albireo.errors import CheckpointError
+from albireo.files import FileOperations
 
 __all__ = ["encode_header", "view_bytes", "write_tensor_file"]
 

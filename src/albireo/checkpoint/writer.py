@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from albireo.checkpoint.documents import JSON, decode_document, encode_document
-from albireo.checkpoint.files import FileOperations
 from albireo.checkpoint.housekeeping import prune, settle, sweep
 from albireo.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -26,6 +25,7 @@ from albireo.checkpoint.reading import open_regular, read_exactly, stamp_of
 from albireo.checkpoint.slices import TensorInfo, TensorSlice, into_shards
 from albireo.checkpoint.tensor_file import write_tensor_file
 from albireo.errors import CheckpointError, ConfigError
+from albireo.files import FileOperations
 from albireo.log import Log
 
 __all__ = ["Snapshot", "save_checkpoint"]

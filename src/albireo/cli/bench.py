@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,14 +25,18 @@ def bench() -> None:
 
 
 @bench.command("opt", epilog=_EPILOG)
-@click.option("--systems", default="albireo,plain,fsdp2", show_default=True, help="What to measure: ours and references.")
+@click.option(
+    "--systems", default="albireo,plain,fsdp2", show_default=True, help="What to measure: ours and references."
+)
 @click.option("--models", default="tiny", show_default=True, help="OPT sizes, with random weights.")
 @click.option("--batch-sizes", default="8", show_default=True, help="Samples per step.")
 @click.option("--precisions", default="fp32", show_default=True, help="fp32, fp16, bf16.")
 @click.option("--sequence-length", default=1024, show_default=True, help="Tokens in a sample.")
 @click.option("--steps", default=10, show_default=True, help="Steps that are timed.")
 @click.option("--warmup", default=3, show_default=True, help="Steps before them that are not.")
-@click.option("--rounds", default=1, show_default=True, help="Measure everything so many times, in turn; the median counts.")
+@click.option(
+    "--rounds", default=1, show_default=True, help="Measure everything so many times, in turn; the median counts."
+)
 @click.option("--checkpointing/--no-checkpointing", default=True, show_default=True, help="Activation checkpointing.")
 @click.option("--tf32/--no-tf32", default=True, show_default=True, help="Fp32 products in TF32 on a GPU.")
 @click.option("--output", metavar="DIR", help="Where bench.json goes. Default: runs/bench-TIME.")
@@ -42,7 +47,7 @@ def opt(
     precisions: str,
     rounds: int,
     output: str | None,
-    **common: int,
+    **common: Any,
 ) -> None:
     """Measure training of OPT: samples per second and peak memory, one process a case, cases in turn."""
     from albireo.bench import Case

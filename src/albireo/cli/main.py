@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = cli.main(args=arguments, prog_name="albireo", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help() if error.ctx is not None else "")
+        click.echo(error.ctx.get_help())
         code = 2
     except click.ClickException as error:
         _say(" ".join(error.format_message().split()))
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # Whoever read the output has gone; there is nobody to tell.
         code = 141
-    except Exception:
+    except Exception:  # noqa: BLE001  whatever is left is a bug, and shows where it is
         sys.excepthook(*sys.exc_info())
         code = 70
     sys.exit(code if isinstance(code, int) else 0)

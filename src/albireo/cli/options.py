@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -26,18 +26,29 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 class _ConfigOption(click.Option):
     """A flag that knows its section."""
 
-    def __init__(self, info: OptionInfo) -> None:
+    def __init__(self, declarations: Sequence[str], *, info: OptionInfo) -> None:
         self.section = info.section
-        declaration = info.flag
-        extra: dict[str, Any] = {}
-        if info.kind is bool:
-            declaration = f"{info.flag}/--no-{info.flag[2:]}"
-        elif info.choices:
-            extra["type"] = click.Choice(info.choices)
-        else:
-            extra["type"] = {int: click.INT, float: click.FLOAT, str: click.STRING}[info.kind]
-            extra["metavar"] = info.metavar or ("N" if info.kind is int else "X" if info.kind is float else "TEXT")
-        super().__init__([declaration, info.name], default=None, help=_help(info), **extra)
+        super().__init__(declarations, default=None, help=_help(info), **_value(info))
+
+
+def _declarations(info: OptionInfo) -> tuple[str, str]:
+    flag = f"{info.flag}/--no-{info.flag[2:]}" if info.kind is bool else info.flag
+    return flag, info.name
+
+
+def _value(info: OptionInfo) -> dict[str, Any]:
+    """Return what click needs to know of an option's value."""
+    if info.kind is bool:
+        return {}
+    if info.choices:
+        return {"type": click.Choice(info.choices)}
+    kinds: dict[type, tuple[click.ParamType[Any], str]] = {
+        int: (click.INT, "N"),
+        float: (click.FLOAT, "X"),
+        str: (click.STRING, "TEXT"),
+    }
+    kind, metavar = kinds[info.kind]
+    return {"type": kind, "metavar": info.metavar or metavar}
 
 
 def _help(info: OptionInfo) -> str:
@@ -64,7 +75,7 @@ class SectionedCommand(click.Command):
                 with formatter.section(_SECTION_TITLES[name]):
                     formatter.write_dl(records)
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  click's own
         """Write examples as they are, each on a line of its own."""
         if self.epilog:
             formatter.write_paragraph()
@@ -75,16 +86,8 @@ class SectionedCommand(click.Command):
 def config_options(function: _Function) -> _Function:
     """Give a command every flag of the run's configuration."""
     for info in reversed(list(RunConfig.options())):
-        option = _ConfigOption(info)
-        _parameters(function).append(option)
+        function = click.option(*_declarations(info), cls=_ConfigOption, info=info)(function)
     return function
-
-
-def _parameters(function: Callable[..., Any]) -> list[click.Parameter]:
-    if not hasattr(function, "__click_params__"):
-        function.__click_params__ = []  # type: ignore[attr-defined]  # where click itself keeps them
-    parameters: list[click.Parameter] = function.__click_params__
-    return parameters
 
 
 def given_options(values: dict[str, Any]) -> dict[str, Any]:

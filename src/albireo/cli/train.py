@@ -32,7 +32,9 @@ def train() -> None:
 @config_options
 @click.option("--output", metavar="DIR", help="The run folder. Default: runs/NAME-TIME.")
 @click.option("--resume", metavar="RUN", help="Go on with the run in this folder; flags given override its own.")
-@click.option("--config", "config_file", metavar="FILE", help="Take options from a JSON file, as --print-config makes it.")
+@click.option(
+    "--config", "config_file", metavar="FILE", help="Take options from a JSON file, as --print-config makes it."
+)
 @click.option("--print-config", is_flag=True, help="Print the whole configuration as JSON, and end.")
 def opt(output: str | None, resume: str | None, config_file: str | None, print_config: bool, **values: Any) -> None:
     """Fine-tune an OPT language model on text."""

@@ -106,7 +106,7 @@ class OptionInfo:
             self._check_number(value)
         return value
 
-    def _check_number(self, value: float) -> None:
+    def _check_number(self, value: Any) -> None:
         if not math.isfinite(value):
             raise ConfigError(f"{self.flag} takes a finite number, not {value!r}")
         if self.minimum is not None:

@@ -29,8 +29,10 @@ def resolve(config: RunConfig, machine: MachineFacts) -> RunConfig:
     init = config.model.init or ("random" if tiny else "pretrained")
     precision = config.plugin.precision
     if precision is None:
-        on_gpu = "bf16" if machine.bf16_is_native else "fp16"
-        precision = on_gpu if machine.device_type == "cuda" else "fp32"
+        if machine.device_type != "cuda":
+            precision = "fp32"
+        else:
+            precision = "bf16" if machine.bf16_is_native else "fp16"
     optimizer = config.optimizer
     schedule = config.schedule
     if schedule.epochs is None and schedule.steps is None:

@@ -92,10 +92,14 @@ class ScheduleConfig:
         0.1, "Warm-up: a share of all steps if below 1, a number of steps otherwise; 0 is none.", minimum=0.0
     )
     eval_every: int | None = option(
-        None, "Evaluate every so many steps, and at both ends; 0 never evaluates. Default: a fifth of the run.", minimum=0
+        None,
+        "Evaluate every so many steps, and at both ends; 0 never evaluates. Default: a fifth of the run.",
+        minimum=0,
     )
     save_every: int | None = option(
-        None, "Save a checkpoint every so many steps, and at the end; 0 saves none. Default: a fifth of the run.", minimum=0
+        None,
+        "Save a checkpoint every so many steps, and at the end; 0 saves none. Default: a fifth of the run.",
+        minimum=0,
     )
     keep: int = option(2, "How many checkpoints to keep.", minimum=1)
     seed: int = option(42, "Decides the weights, the order of samples and dropout.", minimum=0, maximum=2**63 - 1)
@@ -111,9 +115,14 @@ class PluginConfig:
     )
     tf32: bool = option(True, "Let a GPU multiply fp32 matrices in TF32, as most training does.")
     mem_cap: float = option(
-        0.0, "This process never takes more device memory than so many GB (2**30 bytes); 0 is no cap.", minimum=0.0, metavar="GB"
+        0.0,
+        "This process never takes more device memory than so many GB (2**30 bytes); 0 is no cap.",
+        minimum=0.0,
+        metavar="GB",
     )
-    gpus: int = option(1, "Ranks to start, each with a GPU of its own; without a GPU, as many CPU processes.", minimum=1)
+    gpus: int = option(
+        1, "Ranks to start, each with a GPU of its own; without a GPU, as many CPU processes.", minimum=1
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The machine under a run: its device, its memory, its random state, and the only counters of peaks."""
 
 from albireo.device.cap import apply_device_cap
+from albireo.device.clock import Moment
 from albireo.device.machine import describe_device, detect_device_type, device_count, has_native_bf16, select_device
 from albireo.device.memory import HostMemory, device_total_bytes, read_host_memory
 from albireo.device.peaks import PeakMemory, PeakReading
@@ -9,6 +10,7 @@ from albireo.device.readback import Readback
 
 __all__ = [
     "HostMemory",
+    "Moment",
     "PeakMemory",
     "PeakReading",
     "Readback",

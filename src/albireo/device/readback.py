@@ -6,6 +6,8 @@ from collections import deque
 
 import torch
 
+from albireo.device.clock import Moment
+
 __all__ = ["Readback"]
 
 
@@ -23,7 +25,7 @@ class Readback:
     def __init__(self, device: torch.device, lag: int = 2) -> None:
         self._device = device
         self._lag = lag
-        self._queue: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._queue: deque[tuple[int, torch.Tensor, Moment]] = deque()
 
     def push(self, key: int, values: torch.Tensor) -> None:
         """Send a tensor on its way.
@@ -33,28 +35,25 @@ class Readback:
             values: a small tensor on the device; not to be changed afterwards.
         """
         if self._device.type != "cuda":
-            self._queue.append((key, values.detach().clone(), None))
+            self._queue.append((key, values.detach().clone(), Moment(self._device)))
             return
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values.detach(), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._queue.append((key, host, event))
+        self._queue.append((key, host, Moment(self._device)))
 
-    def pop(self, *, everything: bool = False) -> list[tuple[int, list[float]]]:
+    def pop(self, *, everything: bool = False) -> list[tuple[int, list[float], Moment]]:
         """Return the tensors that are old enough, waiting for those.
 
         Args:
             everything: also those that are younger than the lag.
 
         Returns:
-            Key and values of each, oldest first.
+            Key and values of each and the moment when the device had them, oldest first.
         """
         keep = 0 if everything else self._lag
-        ready: list[tuple[int, list[float]]] = []
+        ready: list[tuple[int, list[float], Moment]] = []
         while len(self._queue) > keep:
-            key, host, event = self._queue.popleft()
-            if event is not None:
-                event.synchronize()
-            ready.append((key, host.tolist()))
+            key, host, moment = self._queue.popleft()
+            moment.wait()
+            ready.append((key, host.tolist(), moment))
         return ready

@@ -115,7 +115,7 @@ def join_world(*, store_path: Path | None = None, single: bool = False) -> World
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     options: dict[str, Any] = {"backend": backend, "timeout": _TIMEOUT, "rank": rank, "world_size": world_size}
     if store_path is not None:
-        options["store"] = dist.FileStore(str(store_path), world_size)
+        options["store"] = dist.FileStore(str(store_path), world_size)  # type: ignore[attr-defined]
     if device.type == "cuda":
         options["device_id"] = device
     try:

@@ -109,9 +109,15 @@ class Family:
         """Return a model without memory for its weights: all of it is on the meta device.
 
         Tied weights are one parameter already. Draws no random numbers.
+
+        Raises:
+            ModelError: no such model can be built; for instance, its heads do not divide its width.
         """
-        with torch.device("meta"):
-            model: PreTrainedModel = _class(self.model_class)(config)
+        try:
+            with torch.device("meta"):
+                model: PreTrainedModel = _class(self.model_class)(config)
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ModelError(f"this configuration describes no {self.name} model: {error}") from error
         return model
 
     def backbone(self, model: PreTrainedModel) -> nn.Module:

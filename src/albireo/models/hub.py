@@ -9,7 +9,6 @@ from albireo.models.pretrained import weight_files
 
 __all__ = ["download_model"]
 
-_PATIENCE_SECONDS = 5.0
 _DESCRIPTIONS = (
     "config.json",
     "merges.txt",
@@ -23,7 +22,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.s
 _CONVERTER = "SFconvertbot"
 
 
-def download_model(repository: str, *, weights: bool) -> Path:
+def download_model(repository: str, *, weights: bool, patience_seconds: float = 5.0) -> Path:
     """Return a folder with a model's configuration and tokenizer, and its weights if asked for.
 
     What is in the hub's cache is not fetched again, and serves when the hub cannot be reached. Pickled weights are
@@ -32,6 +31,7 @@ def download_model(repository: str, *, weights: bool) -> Path:
     Args:
         repository: `owner/name`.
         weights: fetch the weights too, as safetensors.
+        patience_seconds: how long the hub may be silent before it counts as out of reach.
 
     Raises:
         ModelError: the hub cannot be reached and the cache does not hold the model, or there is no such model, or it
@@ -40,7 +40,7 @@ def download_model(repository: str, *, weights: bool) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
-        return _from_hub(repository, weights=weights)
+        return _from_hub(repository, weights, patience_seconds)
     except ModelError:
         raise
     except GatedRepoError as error:
@@ -52,7 +52,9 @@ def download_model(repository: str, *, weights: bool) -> Path:
         raise ModelError(
             f"there is no model {repository} on the hub that you may read, and no folder of that name here"
         ) from error
-    except Exception as error:  # a broken line raises errors of httpx, httpx2 or requests, by the client's version
+    except Exception as error:
+        if not _is_about_the_line(error):
+            raise
         cached = _from_cache(repository, weights=weights)
         if cached is not None:
             return cached
@@ -63,11 +65,16 @@ def download_model(repository: str, *, weights: bool) -> Path:
         ) from error
 
 
-def _from_hub(repository: str, *, weights: bool) -> Path:
+def _is_about_the_line(error: Exception) -> bool:
+    """Whether the network failed. The client passes on errors of httpx or httpx2, by its version."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2")
+
+
+def _from_hub(repository: str, weights: bool, patience_seconds: float) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     # Asked with a time limit first: the download itself has none.
-    info = HfApi().model_info(repository, timeout=_PATIENCE_SECONDS)
+    info = HfApi().model_info(repository, timeout=patience_seconds)
     revision: str | None = info.sha
     patterns = [*_DESCRIPTIONS]
     if weights:

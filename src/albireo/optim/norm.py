@@ -24,10 +24,11 @@ def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
     if not tensors:
         return torch.zeros(())
     if tensors[0].is_cuda:
-        norms = list(torch._foreach_norm(tensors, 2.0, dtype=torch.float32))
+        norms = list(torch._foreach_norm(tensors, 2.0, dtype=torch.float32))  # noqa: SLF001  as torch.nn.utils does
     else:
         norms = [part for tensor in tensors for part in _host_norms(tensor)]
-    return torch.linalg.vector_norm(torch.stack(norms).double()).float()
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).double())
+    return total.float()
 
 
 def _host_norms(tensor: torch.Tensor) -> list[torch.Tensor]:

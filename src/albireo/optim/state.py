@@ -11,9 +11,7 @@ from albireo.errors import CheckpointError
 __all__ = ["named_state", "restore_named_state"]
 
 
-def named_state(
-    optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]
-) -> dict[str, torch.Tensor]:
+def named_state(optimizer: torch.optim.Optimizer, names: Mapping[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
     """Return every tensor that the optimizer keeps.
 
     Args:
@@ -57,7 +55,9 @@ def restore_named_state(
     known = {names[parameter] for group in optimizer.param_groups for parameter in group["params"]}
     unknown = sorted(set(by_parameter) - known)
     if unknown:
-        raise CheckpointError(f"the checkpoint has optimizer states of {unknown[0]}, which this optimizer does not train")
+        raise CheckpointError(
+            f"the checkpoint has optimizer states of {unknown[0]}, which this optimizer does not train"
+        )
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state: dict[str, torch.Tensor] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,13 +40,11 @@ class ModelWrapper(nn.Module):
     @property
     def evaluation_module(self) -> nn.Module:
         """The module to call where nothing is trained."""
-        module: nn.Module = self._evaluation_module
-        return module
+        return cast("nn.Module", self._evaluation_module)
 
     def unwrap(self) -> nn.Module:
         """Return the user's model."""
-        original: nn.Module = self._original
-        return original
+        return cast("nn.Module", self._original)
 
 
 class Plugin(ABC):

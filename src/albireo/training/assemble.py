@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from albireo.booster import Booster
-from albireo.checkpoint import FileOperations, newest_whole
+from albireo.checkpoint import newest_whole
 from albireo.config import RunConfig, config_to_mapping
 from albireo.data import BatchLayout, steps_for
 from albireo.device import apply_device_cap, describe_device, device_total_bytes, read_host_memory, seed_everything
 from albireo.distributed import World
 from albireo.errors import ConfigError
+from albireo.files import FileOperations
 from albireo.models import enable_activation_checkpointing
 from albireo.ops import default_piece_rows
 from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
@@ -60,9 +61,7 @@ def open_session(
             apply_device_cap(world.device, int(config.plugin.mem_cap * 2**30))
         planned = plan_language_model(config)
         _check_memory(config, planned, world)
-        data = load_run_data(
-            config, tokenizer=planned.tokenizer, vocab_size=planned.rows, progress=progress
-        )
+        data = load_run_data(config, tokenizer=planned.tokenizer, vocab_size=planned.rows, progress=progress)
         layout = BatchLayout(
             batch_size=config.optimizer.batch_size or 1,
             accumulate=config.optimizer.accumulate,

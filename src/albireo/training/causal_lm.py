@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,9 +28,7 @@ class _LossHead(nn.Module):
         self.projection = projection
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return linear_cross_entropy(
-            hidden, self.projection.weight, labels, bias=self.projection.bias, shift=True
-        )
+        return linear_cross_entropy(hidden, self.projection.weight, labels, bias=self.projection.bias, shift=True)
 
 
 class CausalLanguageModel(nn.Module):
@@ -50,8 +50,7 @@ class CausalLanguageModel(nn.Module):
     @property
     def pretrained(self) -> PreTrainedModel:
         """The transformers model."""
-        model: PreTrainedModel = self._model
-        return model
+        return cast("PreTrainedModel", self._model)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss's sum over counted tokens, and their count.

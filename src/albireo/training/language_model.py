@@ -9,7 +9,16 @@ from transformers import PreTrainedModel
 
 from albireo.config import RunConfig
 from albireo.data import TextTokenizer
-from albireo.models import Family, Init, ModelChoice, Vocabulary, build_model, configure_model, resolve_model
+from albireo.models import (
+    Family,
+    Init,
+    ModelChoice,
+    Vocabulary,
+    build_model,
+    configure_model,
+    fetch_model,
+    resolve_model,
+)
 
 __all__ = ["LanguageModelPlan", "plan_language_model"]
 
@@ -76,8 +85,10 @@ def plan_language_model(config: RunConfig) -> LanguageModelPlan:
     init: Init = "pretrained" if config.model.init == "pretrained" else "random"
     model_config, _ = configure_model(choice, init=init, sequence_length=config.data.sequence_length)
     tokenizer = config.model.tokenizer
-    if tokenizer is None and init == "pretrained":
-        tokenizer = choice.hub_id if choice.folder is None else str(choice.folder)
+    if init == "pretrained":
+        # Before the data: whoever is off line should not wait for it to be tokenized.
+        choice = fetch_model(choice)
+        tokenizer = tokenizer or str(choice.folder)
     return LanguageModelPlan(
         choice=choice,
         init=init,

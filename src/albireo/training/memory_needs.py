@@ -100,7 +100,9 @@ def advice(use: MemoryUse, config: RunConfig) -> str:
             return "--checkpointing keeps one block's activations instead of all"
         if batch > 1:
             half = batch // 2
-            return f"--batch-size {half} --accumulate {config.optimizer.accumulate * batch // half} takes less at a time"
+            return (
+                f"--batch-size {half} --accumulate {config.optimizer.accumulate * batch // half} takes less at a time"
+            )
         return "a smaller --sequence-length takes less"
     if batch > 1 and use.activations > 0 and not config.model.checkpointing:
         return "--checkpointing and a smaller --batch-size take less"

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from albireo.checkpoint import FileOperations
 from albireo.errors import RunFolderError
+from albireo.files import FileOperations
 from albireo.training.run_folder import replace_file
 
 __all__ = ["EvalRow", "MetricsWriter", "TrainRow", "cut_after", "finite_or_none", "read_metrics"]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from albireo.checkpoint import FileOperations
+from albireo.files import FileOperations
 from albireo.training.metrics import EvalRow, TrainRow, read_metrics
 from albireo.training.run_folder import replace_file
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 
 from albireo.booster import StepOutput
-from albireo.device import PeakMemory, Readback
+from albireo.device import Moment, PeakMemory, Readback
 from albireo.distributed import World
 from albireo.training.metrics import EvalRow, MetricsWriter, TrainRow
 from albireo.training.progress import Progress
@@ -47,13 +46,13 @@ class Recorder:
         self._peaks = PeakMemory(world.device)
         self._readback = Readback(world.device, _LAG_STEPS if world.device.type == "cuda" else 0)
         self._rates: dict[int, float] = {}
-        self._mark = time.perf_counter()
+        self._mark = Moment(world.device)
         self._last_eval: EvalRow | None = None
         self.stop_agreed = False
 
     def start_clock(self) -> None:
         """Count the next step's seconds from now: what came before was no step."""
-        self._mark = time.perf_counter()
+        self._mark = Moment(self._world.device)
 
     def add(self, step: int, output: StepOutput, *, learning_rate: float, stop_requested: bool) -> None:
         """Send a step's numbers on their way, and take in those that have arrived.
@@ -97,10 +96,9 @@ class Recorder:
             self._writer.sync()
 
     def _take_in(self, *, everything: bool) -> None:
-        for step, (loss_sum, tokens, stops, norm) in self._readback.pop(everything=everything):
-            now = time.perf_counter()
-            seconds = max(now - self._mark, 1e-9)
-            self._mark = now
+        for step, (loss_sum, tokens, stops, norm), moment in self._readback.pop(everything=everything):
+            seconds = max(moment.seconds_since(self._mark), 1e-9)
+            self._mark = moment
             self._keep(step, loss_sum / max(tokens, 1.0), tokens, norm, seconds)
             self.stop_agreed = self.stop_agreed or stops > 0
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import filelock
 
-from albireo.checkpoint import FileOperations
 from albireo.errors import RunFolderError
+from albireo.files import FileOperations
 
 __all__ = ["RunFolder", "replace_file"]
 

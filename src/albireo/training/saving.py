@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from albireo.booster import Booster
-from albireo.checkpoint import Checkpoint, FileOperations, Snapshot, TensorSlice, save_checkpoint, whole
+from albireo.checkpoint import Checkpoint, Snapshot, TensorSlice, save_checkpoint, whole
 from albireo.device import capture_random_state, restore_random_state
 from albireo.errors import CheckpointError
+from albireo.files import FileOperations
 from albireo.optim import OptimizerWrapper, set_scheduler_step
 from albireo.plugins import ModelWrapper
 

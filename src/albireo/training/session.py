@@ -13,12 +13,13 @@ from typing import Literal
 import torch
 
 from albireo.booster import Booster, StepOutput
-from albireo.checkpoint import FileOperations, replace_folder
+from albireo.checkpoint import replace_folder
 from albireo.config import RunConfig
 from albireo.data import Batch, BatchLayout, StepLoader, evaluation_batches
 from albireo.device import PeakMemory, describe_device, seed_everything
 from albireo.distributed import World
 from albireo.errors import Interrupted
+from albireo.files import FileOperations
 from albireo.optim import OptimizerWrapper
 from albireo.plugins import ModelWrapper
 from albireo.training.evaluation import evaluate
@@ -113,8 +114,7 @@ class Session:
             pin_memory=self.world.device.type == "cuda",
         )
         self.recorder.start_clock()
-        for micro_batches in loader:
-            yield micro_batches
+        yield from loader
 
     def begin_step(self) -> None:
         """Seed what the step draws: masks depend on seed, step and rank, so a step is the same after a resume."""
@@ -190,7 +190,9 @@ class Session:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise explain_out_of_memory(self._memory_use(), self.config, where=describe_device(self.world.device)) from error
+            raise explain_out_of_memory(
+                self._memory_use(), self.config, where=describe_device(self.world.device)
+            ) from error
 
     def _memory_use(self) -> MemoryUse:
         parameters = list(self.model.unwrap().parameters())
@@ -214,7 +216,8 @@ class Session:
             raise TypeError(f"expected the model wrapper, not {type(module).__name__}")
 
         def write(path: Path) -> None:
-            module.pretrained.save_pretrained(path)
+            with _quiet_transformers():
+                module.pretrained.save_pretrained(path)
             if self.data.tokenizer is not None:
                 self.data.tokenizer.save(path)
 
@@ -243,3 +246,17 @@ class Session:
         name = self.config.model.model.rstrip("/").rsplit("/", 1)[-1]
         data = self.config.data.data.rstrip("/").rsplit("/", 1)[-1]
         return f"{self.config.recipe.upper()} {name} on {data}"
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own bars off the screen, where the run has its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

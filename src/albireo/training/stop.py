@@ -30,7 +30,7 @@ class StopRequest:
     ) -> None:
         self._restore()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _hear(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True
         # Whoever asks twice does not want to wait: the next signal does what it did before.
         self._restore()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from albireo.checkpoint.files import FileOperations
+from albireo.files import FileOperations
 
 
 class Recorder(FileOperations):

@@ -1,4 +1,4 @@
-"""The only place of this room that changes the disk, an operation a call, so that a test can stop at each of them."""
+"""Changes to the disk that must survive a crash, an operation a call, so that a test can stop at each of them."""
 
 from __future__ import annotations
 
