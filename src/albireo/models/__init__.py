@@ -7,7 +7,7 @@ from albireo.models.checkpointing import enable_activation_checkpointing
 from albireo.models.choice import ModelChoice, fetch_model, resolve_model
 from albireo.models.families import FAMILIES, count_parameters, family_of
 from albireo.models.family import Family, Size
-from albireo.models.initialise import initial_values, initialise, initialise_module
+from albireo.models.initialise import InitialValues, initial_values, initialise, initialise_module
 from albireo.models.opt import OPT
 from albireo.models.pretrained import load_weights, weight_files
 from albireo.models.vocabulary import Init, Vocabulary, reconcile_vocabulary
@@ -17,6 +17,7 @@ __all__ = [
     "OPT",
     "Family",
     "Init",
+    "InitialValues",
     "ModelChoice",
     "Size",
     "Vocabulary",

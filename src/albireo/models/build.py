@@ -66,7 +66,7 @@ def build_model(
 ) -> PreTrainedModel:
     """Build a model in fp32, in training mode, with its weights on a device.
 
-    It never takes more memory than its weights and one tensor besides.
+    It takes no more memory than the weights, and a few megabytes or one tensor of a file besides.
 
     Args:
         choice: which model.

@@ -1,16 +1,16 @@
-"""Random weights that depend on the seed and on each module's name, and on nothing else.
+"""Random weights that depend on the seed and on each parameter's name, and on nothing else.
 
 torch's own initialisation draws from one stream, so that a weight depends on all that were drawn before it. Here each
-module has a stream of its own: the numbers are the same in any order, in any subset, on any number of threads and
-ranks, and however the model is built.
+block of 2**20 values has a stream of its own: the numbers are the same in any order, for any part of a parameter
+alone, on any number of threads and ranks, and however the model is built.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,13 +21,68 @@ from albireo.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["initial_values", "initialise", "initialise_module"]
+__all__ = ["InitialValues", "initial_values", "initialise", "initialise_module"]
 
-_MAX_THREADS = 8
+# 4 MB in fp32: stays in a core's cache between drawing and copying.
+_BLOCK = 2**20
 
 
-def initial_values(module: nn.Module, name: str, seed: int, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield the names and first values of a module's own parameters, those of its children left out.
+@dataclass(frozen=True)
+class InitialValues:
+    """How one parameter begins.
+
+    Attributes:
+        name: the parameter's qualified name in the family's model.
+        seed: the run's.
+        size: how many values it has.
+        mean: of the normal distribution that they are drawn from.
+        std: of the same; 0 makes every value the mean.
+        zeros: a range of the flattened values that are 0 nevertheless; an embedding's padding row.
+    """
+
+    name: str
+    seed: int
+    size: int
+    mean: float = 0.0
+    std: float = 0.0
+    zeros: range = range(0)
+
+    def fill(self, out: Tensor, start: int = 0) -> None:
+        """Write the values from an offset on, as far as there is room.
+
+        Args:
+            out: `[n]`, contiguous, of any dtype and on any device; the draw itself is fp32 on the CPU.
+            start: offset of the first in the flattened parameter.
+        """
+        with torch.no_grad():
+            if self.std == 0.0:
+                out.fill_(self.mean)
+            else:
+                stop = start + out.numel()
+                for block in range(start // _BLOCK, -(-stop // _BLOCK)):
+                    first, last = max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK)
+                    self._fill_from_block(out[first - start : last - start], block, first - block * _BLOCK)
+            padding = range(max(start, self.zeros.start), min(start + out.numel(), self.zeros.stop))
+            if len(padding) > 0:
+                out[padding.start - start : padding.stop - start] = 0.0
+
+    def _fill_from_block(self, out: Tensor, block: int, skip: int) -> None:
+        length = min(_BLOCK, self.size - block * _BLOCK)
+        generator = torch.Generator().manual_seed(self._block_seed(block))
+        if out.numel() == length and out.dtype == torch.float32 and out.device.type == "cpu":
+            out.normal_(self.mean, self.std, generator=generator)
+        else:
+            drawn = torch.empty(length, dtype=torch.float32, device="cpu")
+            out.copy_(drawn.normal_(self.mean, self.std, generator=generator)[skip : skip + out.numel()])
+
+    def _block_seed(self, block: int) -> int:
+        """Return 63 bits that differ for every seed, name and block, and are the same on every machine."""
+        digest = hashlib.blake2b(f"{self.seed}\0{self.name}\0{block}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+
+def initial_values(module: nn.Module, name: str, seed: int, config: PreTrainedConfig) -> dict[str, InitialValues]:
+    """Return how a module's own parameters begin, by their names in it; those of its children are left out.
 
     As transformers' `_init_weights` for the family: weights of linear layers and embeddings are normal with
     `config.init_std`, an embedding's padding row and all biases are 0, norms are 1.
@@ -38,32 +93,31 @@ def initial_values(module: nn.Module, name: str, seed: int, config: PreTrainedCo
         seed: the run's.
         config: the model's.
 
-    Returns:
-        Each parameter's name within the module, and its values in fp32 on the CPU.
-
     Raises:
         ModelError: nobody knows how to begin this type of module.
     """
-    generator = torch.Generator().manual_seed(_module_seed(seed, name))
+    values = {}
     for parameter_name, parameter in module.named_parameters(recurse=False):
-        value = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+        qualified, size = f"{name}.{parameter_name}", parameter.numel()
         if isinstance(module, (nn.Linear, nn.Embedding)) and parameter_name == "weight":
-            value.normal_(0.0, config.init_std, generator=generator)
+            padding = range(0)
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                value[module.padding_idx] = 0.0
+                width = module.embedding_dim
+                padding = range(module.padding_idx * width, (module.padding_idx + 1) * width)
+            value = InitialValues(qualified, seed, size, std=config.init_std, zeros=padding)
         elif isinstance(module, nn.LayerNorm) and parameter_name == "weight":
-            value.fill_(1.0)
+            value = InitialValues(qualified, seed, size, mean=1.0)
         elif isinstance(module, (nn.Linear, nn.LayerNorm)) and parameter_name == "bias":
-            value.zero_()
+            value = InitialValues(qualified, seed, size)
         else:
             raise ModelError(
-                f"the parameter {name}.{parameter_name} cannot be initialised: nothing is known about a "
+                f"the parameter {qualified} cannot be initialised: nothing is known about a "
                 f"{type(module).__name__}; load trained weights instead, with --init pretrained"
             )
-        yield parameter_name, value
+        values[parameter_name] = value
+    return values
 
 
-@torch.no_grad()
 def initialise_module(module: nn.Module, name: str, seed: int, config: PreTrainedConfig) -> None:
     """Write first values to a module's own parameters, whatever their device and dtype; see `initial_values`.
 
@@ -76,8 +130,8 @@ def initialise_module(module: nn.Module, name: str, seed: int, config: PreTraine
     Raises:
         ModelError: nobody knows how to begin this type of module.
     """
-    for parameter_name, value in initial_values(module, name, seed, config):
-        module.get_parameter(parameter_name).copy_(value)
+    for parameter_name, values in initial_values(module, name, seed, config).items():
+        values.fill(module.get_parameter(parameter_name).detach().view(-1))
 
 
 def initialise(model: PreTrainedModel, seed: int) -> None:
@@ -91,27 +145,19 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
         seed: the run's.
 
     Raises:
-        ModelError: nobody knows how to begin one of its modules.
+        ModelError: nobody knows how to begin one of its modules; nothing is written then.
     """
-    owned: list[tuple[str, nn.Module]] = []
-    seen: set[nn.Parameter] = set()
+    owned: dict[nn.Parameter, InitialValues] = {}
     for name, module in model.named_modules():
-        parameters = list(module.parameters(recurse=False))
-        shared = [parameter for parameter in parameters if parameter in seen]
-        if shared and len(shared) < len(parameters):
-            raise ModelError(f"the module {name} shares some of its parameters only: expected all of them, or none")
-        if parameters and not shared:
-            owned.append((name, module))
-            seen.update(parameters)
-    # Largest first, so that no thread is left with one at the end. Drawing lets go of Python's lock.
-    owned.sort(key=lambda item: -sum(parameter.numel() for parameter in item[1].parameters(recurse=False)))
-    config = model.config
-    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="initialise") as pool:
-        for result in [pool.submit(initialise_module, module, name, seed, config) for name, module in owned]:
+        if any(parameter not in owned for parameter in module.parameters(recurse=False)):
+            for parameter_name, values in initial_values(module, name, seed, model.config).items():
+                owned.setdefault(module.get_parameter(parameter_name), values)
+    # Drawing lets go of Python's lock, so threads draw at once, a block each.
+    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="initialise") as pool:
+        results = [
+            pool.submit(values.fill, parameter.detach().view(-1)[start : start + _BLOCK], start)
+            for parameter, values in owned.items()
+            for start in range(0, values.size, _BLOCK)
+        ]
+        for result in results:
             result.result()
-
-
-def _module_seed(seed: int, name: str) -> int:
-    """Return 63 bits that differ for every seed and name, and are the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
