@@ -18,8 +18,15 @@ from train_server import TrainServer
 settings.register_profile("albireo", deadline=None)
 settings.load_profile("albireo")
 
-# Variables that pytest, torch or a library that is imported for the first time sets for the whole process.
-_SET_BY_OTHERS = {"PYTEST_CURRENT_TEST", "KINETO_LOG_LEVEL", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+# Variables that pytest, or a library at its first use, sets for the whole process.
+_SET_BY_OTHERS = {
+    "KINETO_LOG_LEVEL",
+    "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

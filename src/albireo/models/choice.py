@@ -109,19 +109,22 @@ def _in_folder(name: str, path: Path) -> ModelChoice:
     if not path.is_dir():
         raise ModelError(f"{name} is a file: expected a Hugging Face folder with config.json and the weights")
     if not (path / "config.json").is_file():
-        inside = path / "model"
-        hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
-        raise ModelError(f"the folder {name} holds no config.json, so it is no Hugging Face model{hint}")
+        raise ModelError(f"the folder {name} holds no config.json, so it is no Hugging Face model{_hint(path)}")
     options = _read_config(path / "config.json")
     model_type = options.get("model_type")
     if not isinstance(model_type, str):
-        # A run's folder has a config.json too: its own.
-        inside = path / "model"
-        hint = f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
-        raise ModelError(f"{path / 'config.json'} has no model_type, so it describes no Hugging Face model{hint}")
+        raise ModelError(
+            f"{path / 'config.json'} has no model_type, so it describes no Hugging Face model{_hint(path)}"
+        )
     if "quantization_config" in options:
         raise ModelError(f"the model in {name} is quantised, which is not supported: expected 16-bit or fp32 weights")
     return ModelChoice(name, family_of(model_type), folder=path)
+
+
+def _hint(path: Path) -> str:
+    """Point from a run's folder, which has a config.json of its own, to the model in it."""
+    inside = path / "model"
+    return f"; did you mean {inside}?" if (inside / "config.json").is_file() else ""
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
 """Cross entropy behind a linear head, without ever holding all logits.
 
-The logits of a language model are its largest activation: 32 rows of 1,024 tokens over OPT's 50,272 words are 6.6 GB
+The logits of a language model are its largest activation: 32 rows of 1,024 tokens over OPT's 50,272 words are 6.1 GB
 in fp32, and plain autograd keeps several copies. Here the rows go through the head in pieces, and each piece's
 gradients are taken while its logits are at hand (the idea of Liger's and Apple's fused cross entropies, in torch's own
 kernels): nothing of the size rows x vocabulary is ever allocated, and no logits are computed twice.

@@ -188,5 +188,5 @@ def _describe(config: RunConfig, world: World, steps: int) -> str:
 
 
 def _logits_bytes(rows: int, vocabulary: int) -> int:
-    """Return what a piece of logits takes: in the compute dtype and in fp32."""
-    return default_piece_rows(rows, vocabulary) * vocabulary * 6
+    """Return what a piece of logits and its gradient take: two fp32 numbers each."""
+    return default_piece_rows(rows, vocabulary) * vocabulary * 8
