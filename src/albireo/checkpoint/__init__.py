@@ -10,6 +10,7 @@ from __future__ import annotations
 from albireo.checkpoint.catalog import newest_whole
 from albireo.checkpoint.documents import JSON, NewerFormatError
 from albireo.checkpoint.folder import replace_folder, settle_folder
+from albireo.checkpoint.housekeeping import tidy
 from albireo.checkpoint.ranks import OneRank, Ranks
 from albireo.checkpoint.reader import Checkpoint, open_checkpoint
 from albireo.checkpoint.slices import TensorInfo, TensorSlice, whole
@@ -29,5 +30,6 @@ __all__ = [
     "replace_folder",
     "save_checkpoint",
     "settle_folder",
+    "tidy",
     "whole",
 ]

@@ -9,7 +9,29 @@ from albireo.checkpoint.reader import open_checkpoint
 from albireo.errors import CheckpointError
 from albireo.files import FileOperations
 
-__all__ = ["prune", "settle", "sweep"]
+__all__ = ["prune", "settle", "sweep", "tidy"]
+
+
+def tidy(folder: Path, files: FileOperations | None = None) -> None:
+    """Clear away what a crashed save left in a folder of checkpoints; one that does not exist is tidy.
+
+    To be called by one process, before a run goes on: it may never save again, and then nobody else would.
+
+    Args:
+        folder: of the checkpoints.
+        files: what touches the disk.
+
+    Raises:
+        CheckpointError: something cannot be removed.
+    """
+    if not folder.is_dir():
+        return
+    try:
+        sweep(folder, files if files is not None else FileOperations())
+    except OSError as error:
+        raise CheckpointError(
+            f"what a crash left in {folder} cannot be removed: {error.strerror or error}: {error.filename}"
+        ) from error
 
 
 def sweep(folder: Path, files: FileOperations) -> None:

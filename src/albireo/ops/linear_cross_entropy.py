@@ -16,10 +16,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from albireo.errors import ModelError
+from albireo.ops.softmax_kernel import kernel_is_available, loss_and_gradient
 
 __all__ = ["default_piece_rows", "linear_cross_entropy"]
 
+# Larger pieces are quicker on a GPU, where each piece also reads and writes the head's whole gradient once.
 _PIECE_BYTES = 2**28
+_GPU_PIECE_BYTES = 2**29
 _MIN_PIECE_ROWS = 512
 _ROW_MULTIPLE = 128
 # Probabilities over 50,000 words are about 2e-5: subnormal in fp16, which would lose most of their bits.
@@ -27,17 +30,19 @@ _ROW_MULTIPLE = 128
 _FP16_SCALE = 1024.0
 
 
-def default_piece_rows(rows: int, vocabulary: int) -> int:
+def default_piece_rows(rows: int, vocabulary: int, device: torch.device) -> int:
     """Return how many rows go through the head at once.
 
-    At most 256 MB of fp32 logits a piece, but no fewer than 512 rows, under which matrix products run slowly; pieces
+    At most 256 MB of fp32 logits a piece (512 MB on a GPU), but no fewer than 512 rows, under which matrix products run slowly; pieces
     of equal size, so that the last is no sliver; all rows at once if they fit.
 
     Args:
         rows: tokens in all.
         vocabulary: columns of the logits.
+        device: where they are.
     """
-    limit = max(_MIN_PIECE_ROWS, _PIECE_BYTES // (4 * vocabulary) // _ROW_MULTIPLE * _ROW_MULTIPLE)
+    piece_bytes = _GPU_PIECE_BYTES if device.type == "cuda" else _PIECE_BYTES
+    limit = max(_MIN_PIECE_ROWS, piece_bytes // (4 * vocabulary) // _ROW_MULTIPLE * _ROW_MULTIPLE)
     if rows <= limit:
         return max(rows, 1)
     pieces = math.ceil(rows / limit)
@@ -85,7 +90,7 @@ def linear_cross_entropy(
     counted = labels != ignore_index
     rows = hidden.reshape(-1, hidden.shape[-1])
     if piece_rows is None:
-        piece_rows = default_piece_rows(rows.shape[0], weight.shape[0])
+        piece_rows = default_piece_rows(rows.shape[0], weight.shape[0], rows.device)
     dtype = _product_dtype(rows, weight)
     if torch.is_grad_enabled():
         loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -190,44 +195,90 @@ def _by_pieces(
     grad_weight = weight.new_zeros(weight.shape, dtype=wide) if for_weight else None
     grad_bias = weight.new_zeros((1, vocabulary), dtype=wide) if for_bias else None
     loss = hidden.new_zeros((), dtype=wide)
-    # Two buffers of one piece, used again for each: on a CPU, fresh ones would cost a page fault every 4 KB.
-    logits_buffer, logp_buffer = (hidden.new_empty((min(piece_rows, rows), vocabulary), dtype=wide) for _ in range(2))
+    softmax = _Softmax(hidden, min(piece_rows, rows), vocabulary, wide, narrow, scale)
 
     with torch.autocast(hidden.device.type, enabled=False):
         head = weight.to(dtype).to(narrow)
         for start in range(0, rows, piece_rows):
             piece = slice(start, min(start + piece_rows, rows))
-            size = piece.stop - start
             keep = counted[piece, None]
             # With ignored rows zeroed here, they add nothing to the weight's gradient, whatever they held.
             x = torch.where(keep, hidden[piece], 0).to(dtype).to(narrow)
-            logits, logp = logits_buffer[:size], logp_buffer[:size]
+            logits = softmax.logits[: piece.stop - start]
             _multiply(x, head.t(), logits, accumulate=False)
             if bias is not None:
                 logits.add_(bias)
-            torch.log_softmax(logits, dim=-1, out=logp)
-            target = torch.where(keep, labels[piece, None], 0)
-            target_logp = logp.gather(1, target)
-            loss.sub_(torch.where(keep, target_logp, 0).sum())
-            if not any(needs):
-                continue
-
-            # The gradient of the logits is softmax - one_hot, written once, in the dtype of the products. At the
-            # target, p - 1 comes from expm1, since rounding p to 16 bits first would leave nothing of 1 - 0.999.
-            if scale != 1.0:
-                logp.add_(math.log(scale))
-            gradient = logp if narrow == wide else logits.view(narrow).view(-1)[: size * vocabulary].view(size, -1)
-            torch.exp(logp, out=gradient)
-            gradient.scatter_(1, target, torch.expm1(target_logp).mul_(scale).to(narrow))
-            if grad_hidden is not None:
+            piece_loss, gradient = softmax.take(logits, labels[piece, None], keep, with_gradient=any(needs))
+            loss.add_(piece_loss)
+            if grad_hidden is not None and gradient is not None:
                 _multiply(gradient, head, grad_hidden[piece], accumulate=False)
-            if grad_weight is not None:
+            if grad_weight is not None and gradient is not None:
                 _multiply(gradient.t(), x, grad_weight, accumulate=True)
-            if grad_bias is not None:
+            if grad_bias is not None and gradient is not None:
                 _multiply(keep.t().to(narrow), gradient, grad_bias, accumulate=True)
     if grad_hidden is not None:
         grad_hidden.masked_fill_(~counted[:, None], 0)
     return loss, (grad_hidden, grad_weight, grad_bias.view(-1) if grad_bias is not None else None), scale
+
+
+class _Softmax:
+    """From a piece of logits to its loss and the gradient of the logits, in buffers that every piece uses again.
+
+    On a CPU, fresh ones would cost a page fault every 4 KB.
+    """
+
+    def __init__(
+        self, like: Tensor, rows: int, vocabulary: int, wide: torch.dtype, narrow: torch.dtype, scale: float
+    ) -> None:
+        self.logits = like.new_empty((rows, vocabulary), dtype=wide)
+        self._fused = wide == torch.float32 and kernel_is_available(like)
+        # The kernel writes the gradient alone: in the dtype of the products, or over the logits if that is theirs.
+        in_place = self._fused and narrow == wide
+        self._second = (
+            self.logits if in_place else like.new_empty((rows, vocabulary), dtype=narrow if self._fused else wide)
+        )
+        self._narrow = narrow
+        self._scale = scale
+
+    def take(
+        self, logits: Tensor, labels: Tensor, keep: Tensor, *, with_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the piece's loss and, if asked for, the gradient of its logits times the scale; both in buffers.
+
+        Args:
+            logits: `[n, V]`, the first rows of `self.logits`; not to be used afterwards.
+            labels: `[n, 1]`.
+            keep: `[n, 1]`, False where a row is to be ignored.
+            with_gradient: whether the gradient is needed.
+        """
+        second = self._second[: logits.shape[0]]
+        if self._fused and with_gradient:
+            losses = loss_and_gradient(logits, labels.view(-1), keep.view(-1), second, self._scale)
+            return losses.sum(), second
+        return self._by_torch(logits, labels, keep, second, with_gradient=with_gradient)
+
+    def _by_torch(
+        self, logits: Tensor, labels: Tensor, keep: Tensor, logp: Tensor, *, with_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        target = torch.where(keep, labels, 0)
+        if self._fused:
+            logp = torch.log_softmax(logits, dim=-1)
+        else:
+            torch.log_softmax(logits, dim=-1, out=logp)
+        target_logp = logp.gather(1, target)
+        loss = -torch.where(keep, target_logp, 0).sum()
+        if not with_gradient:
+            return loss, None
+        # The gradient of the logits is softmax - one_hot, written once, in the dtype of the products. At the
+        # target, p - 1 comes from expm1, since rounding p to 16 bits first would leave nothing of 1 - 0.999.
+        if self._scale != 1.0:
+            logp.add_(math.log(self._scale))
+        gradient = logp
+        if self._narrow != logits.dtype:
+            gradient = logits.view(self._narrow).view(-1)[: logits.numel()].view(logits.shape)
+        torch.exp(logp, out=gradient)
+        gradient.scatter_(1, target, torch.expm1(target_logp).mul_(self._scale).to(self._narrow))
+        return loss, gradient
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool) -> None:

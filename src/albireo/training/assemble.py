@@ -7,8 +7,10 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
+
 from albireo.booster import Booster
-from albireo.checkpoint import newest_whole
+from albireo.checkpoint import Checkpoint, newest_whole, open_checkpoint, tidy
 from albireo.config import RunConfig, config_to_mapping
 from albireo.data import BatchLayout, steps_for
 from albireo.device import apply_device_cap, describe_device, device_total_bytes, read_host_memory, seed_everything
@@ -72,7 +74,7 @@ def open_session(
         for line in data.lines:
             progress.message(line)
         state = _build_state(config, world, planned, data, steps, progress)
-        position = _resume(folder, state, world, progress)
+        position = _resume(folder, state, world, progress, files)
         if world.is_main:
             cut_after(folder.metrics_path, position.step if position.step > 0 else -1, files)
             folder.write_config(config_to_mapping(config))
@@ -96,7 +98,7 @@ def open_session(
                 position=position,
                 files=files,
                 parameters=sum(p.numel() for p in state.model.unwrap().parameters() if p.requires_grad),
-                logits_bytes=_logits_bytes(layout.batch_size * data.train.sequence_length, planned.rows),
+                logits_bytes=_logits_bytes(layout.batch_size * data.train.sequence_length, planned.rows, world.device),
             )
 
 
@@ -161,17 +163,18 @@ def _build_state(
     return RunState(booster, boosted, wrapped, scheduler, names, aliases, identity)
 
 
-def _resume(folder: RunFolder, state: RunState, world: World, progress: Progress) -> Position:
-    """Load the newest whole checkpoint, the same on every rank."""
-    checkpoint, damaged = newest_whole(folder.checkpoints_path)
-    found = world.gather_numbers([-1.0 if checkpoint is None else float(checkpoint.step)])
-    if len({tuple(step) for step in found}) > 1:
-        steps = ", ".join(f"rank {rank}: {int(step[0])}" for rank, step in enumerate(found))
-        raise ConfigError(f"the ranks do not see the same checkpoints in {folder.checkpoints_path} ({steps})")
-    for line in damaged:
-        progress.message(f"warning: {line}")
-    if checkpoint is None:
+def _resume(folder: RunFolder, state: RunState, world: World, progress: Progress, files: FileOperations) -> Position:
+    """Load the newest whole checkpoint: the main rank finds and checks it, and all load the same."""
+    found: Checkpoint | None = None
+    if world.is_main:
+        tidy(folder.checkpoints_path, files)
+        found, damaged = newest_whole(folder.checkpoints_path)
+        for line in damaged:
+            progress.message(f"warning: {line}")
+    name = world.share_from_main(None if found is None else found.path.name)
+    if name is None:
         return Position(0, 0)
+    checkpoint = found if found is not None else open_checkpoint(folder.checkpoints_path / name, check_contents=False)
     position = state.load(checkpoint)
     progress.message(f"going on from the checkpoint of step {position.step}")
     return position
@@ -187,6 +190,6 @@ def _describe(config: RunConfig, world: World, steps: int) -> str:
     )
 
 
-def _logits_bytes(rows: int, vocabulary: int) -> int:
+def _logits_bytes(rows: int, vocabulary: int, device: torch.device) -> int:
     """Return what a piece of logits and its gradient take: two fp32 numbers each."""
-    return default_piece_rows(rows, vocabulary) * vocabulary * 8
+    return default_piece_rows(rows, vocabulary, device) * vocabulary * 8
