@@ -38,6 +38,10 @@ def samples(batch: Batch) -> list[int]:
     return batch.input_ids[:, 0].tolist()
 
 
+def counted_samples(batch: Batch) -> list[int]:
+    return [sample for sample, row in zip(samples(batch), batch.labels, strict=True) if (row != IGNORED_LABEL).any()]
+
+
 def test_steps_hold_their_micro_batches_in_the_global_order() -> None:
     loader = StepLoader(Numbered(10), BatchLayout(3, 2), seed=4, start_sample=7, steps=5)
     steps = list(loader)
@@ -121,17 +125,25 @@ def test_an_empty_data_set_is_refused() -> None:
 def test_evaluation_counts_every_sample_once_and_ranks_keep_step(size: int, batch_size: int, world_size: int) -> None:
     ranks = [list(evaluation_batches(Numbered(size), batch_size, rank, world_size)) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
-    counted = [batch for batches in ranks for batch in batches if batch.tokens]
-    assert sorted(s for batch in counted for s in samples(batch)) == list(range(size))
-    assert all(len(samples(batch)) <= batch_size for batch in counted)
-    assert sum(batch.tokens for batches in ranks for batch in batches) == size * 2
-    for batch in (batch for batches in ranks for batch in batches if not batch.tokens):
-        assert (batch.labels == IGNORED_LABEL).all()
-        assert batch.input_ids.shape == (1, 3)
+    batches = [batch for batches in ranks for batch in batches]
+    assert sorted(s for batch in batches for s in counted_samples(batch)) == list(range(size))
+    assert sum(batch.tokens for batch in batches) == size * 2
+    # One shape for all, the last ones too.
+    assert {tuple(batch.input_ids.shape) for batch in batches} == {(batch_size, 3)}
 
 
-def test_evaluation_is_in_order_and_the_last_batch_may_be_smaller() -> None:
-    assert [samples(batch) for batch in evaluation_batches(Numbered(7), 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+def test_evaluation_is_in_order_and_rows_that_fill_up_count_for_nothing() -> None:
+    batches = list(evaluation_batches(Numbered(7), 3))
+    assert [counted_samples(batch) for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert batches[0].labels is batches[0].input_ids
+    assert batches[-1].tokens == 2
+    assert (batches[-1].labels[1:] == IGNORED_LABEL).all()
+
+
+def test_rows_that_fill_up_leave_labels_of_their_own_alone() -> None:
+    last = list(evaluation_batches(Labelled(4), 3))[-1]
+    assert torch.equal(last.labels[0], Labelled(4)[3]["labels"])
+    assert (last.labels[1:] == IGNORED_LABEL).all()
 
 
 def test_a_rank_that_is_none_is_refused() -> None:

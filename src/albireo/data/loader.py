@@ -128,12 +128,13 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yield this rank's share of a data set: every sample counts exactly once over all ranks, in a fixed order.
 
-    All ranks get the same number of batches, because a sharded model computes together. The last ones may be smaller;
-    a rank for which no sample is left gets one whose labels are all -100, so that it counts for nothing.
+    All ranks get the same number of batches, because a sharded model computes together, and all batches have the same
+    shape, because a compiled model is compiled for one: where samples are lacking, rows whose labels are all -100 fill
+    up, and count for nothing.
 
     Args:
         dataset: items are mappings with `input_ids` and, where they differ, `labels`.
-        batch_size: the most samples in a batch of one rank.
+        batch_size: rows in a batch of one rank.
         rank: this rank.
         world_size: ranks that share the data.
         pin_memory: put batches into page-locked host memory.
@@ -149,9 +150,12 @@ def evaluation_batches(
     for first in range(0, size, layout.samples_per_step):
         left = min(layout.samples_per_step, size - first)
         indices = range(first + left * rank // world_size, first + left * (rank + 1) // world_size)
-        columns = _collate(_fetch(dataset, list(indices) or [first]))
-        if not indices:
-            columns["labels"] = torch.full_like(columns["input_ids"], IGNORED_LABEL)
+        filled = [*indices, *[first] * (batch_size - len(indices))]
+        columns = _collate(_fetch(dataset, filled))
+        if len(indices) < batch_size:
+            labels = columns.get("labels", columns["input_ids"]).clone()
+            labels[len(indices) :] = IGNORED_LABEL
+            columns["labels"] = labels
         if pin_memory:
             columns = {name: column.pin_memory() for name, column in columns.items()}
         yield _as_batch(columns)
