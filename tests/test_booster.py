@@ -16,8 +16,8 @@ from transformers import OPTConfig, OPTForCausalLM
 from albireo.booster import Booster
 from albireo.distributed import World
 from albireo.models import OPT, enable_activation_checkpointing
-from albireo.optim import adamw, decay_groups
-from albireo.plugins import TorchDDPPlugin
+from albireo.optim import OptimizerWrapper, adamw, decay_groups
+from albireo.plugins import ModelWrapper, TorchDDPPlugin
 from albireo.training.causal_lm import CausalLanguageModel
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def texts_of(step: int, rank: int, micro_batch: int, world_size: int, accumulate
     generator = torch.Generator().manual_seed(1 + step * 1000 + rank * 100 + micro_batch)
     ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH), generator=generator)
     left_out = (0.1, 0.8, 0.4, 0.6)[(rank + 2 * micro_batch) % 4]
-    nothing = rank == world_size - 1 if world_size > 1 else accumulate > 1 and micro_batch == 1
+    nothing = rank == world_size - 1 if world_size > 1 else accumulate > 1 and micro_batch == 0
     if nothing:
         left_out = 1.1
     labels = torch.where(torch.rand(ids.shape, generator=generator) < left_out, -100, ids)
@@ -272,3 +272,113 @@ def test_a_step_is_that_of_plain_pytorch(
     assert worst["weight"] < 1e-6
     assert worst["gradient" if precision == "fp32" else "from autocast"] < BOUNDS[precision]
     assert max(worst["loss"], worst["norm"]) < BOUNDS[precision]
+
+
+def options_case(world: World, **arguments: Any) -> list[dict[str, Any]]:
+    """The same steps under options of torch's wrapper."""
+    options: list[dict[str, Any]] = [
+        {"gradient_as_bucket_view": False},
+        {"find_unused_parameters": True},
+        {"bucket_cap_mb": 1, "broadcast_buffers": False},
+        {},
+    ]
+    if arguments["accumulate"] == 1:
+        options.append({"static_graph": True})
+    return [steps_case(world, ddp_options=chosen, **arguments) for chosen in options]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_options_of_ddp_change_no_bit(run_case: Run, accumulate: int) -> None:
+    results = run_case(
+        options_case, 2, accumulate=accumulate, clip=0.0, precision="fp32", tied=True, checkpointing=False, steps=3
+    )
+    assert len({result["digest"] for rank in results for result in rank}) == 1
+
+
+def make(
+    precision: str = "fp32", frozen: tuple[str, ...] = ()
+) -> tuple[Booster, OPTForCausalLM, ModelWrapper, OptimizerWrapper]:
+    model = tiny()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    booster = Booster(TorchDDPPlugin(precision=precision), ALONE)
+    boosted, optimizer = booster.boost(
+        CausalLanguageModel(model, OPT), adamw(decay_groups(model.named_parameters(), DECAY), RATE)
+    )
+    assert optimizer is not None
+    return booster, model, boosted, optimizer
+
+
+def batch_of(texts: Texts) -> dict[str, torch.Tensor]:
+    return {"input_ids": texts[0], "labels": texts[1]}
+
+
+def test_a_step_of_nothing_is_refused_before_anything_moves() -> None:
+    booster, model, boosted, optimizer = make()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer.unwrap(), lambda step: 1.0 / (step + 1))
+    batch = batch_of(texts_of(0, 0, 0, 1, 1))
+    before = digest({name: parameter.detach() for name, parameter in model.named_parameters()})
+    with pytest.raises(ValueError, match="at least one micro-batch"):
+        booster.train_step(boosted, optimizer, [], [], lr_scheduler=scheduler)
+    with pytest.raises(ValueError, match=r"2 micro-batches came with 1 count"):
+        booster.train_step(boosted, optimizer, [batch, batch], [5], lr_scheduler=scheduler)
+    assert scheduler.last_epoch == 0
+    assert digest({name: parameter.detach() for name, parameter in model.named_parameters()}) == before
+
+
+def test_a_step_that_fails_leaves_no_gradient_to_the_next() -> None:
+    texts = [texts_of(0, 0, number, 1, 1) for number in range(2)]
+    tokens = [counted(labels) for _, labels in texts]
+    digests = []
+    for fails_first in (False, True):
+        booster, model, boosted, optimizer = make()
+        if fails_first:
+            broken = {"input_ids": torch.full((BATCH, LENGTH), VOCABULARY), "labels": texts[1][1]}
+            with pytest.raises(IndexError):
+                booster.train_step(boosted, optimizer, [batch_of(texts[0]), broken], tokens)
+        booster.train_step(boosted, optimizer, [batch_of(part) for part in texts], tokens)
+        digests.append(digest({name: parameter.detach() for name, parameter in model.named_parameters()}))
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("precision", list(BOUNDS))
+def test_what_is_frozen_stays_and_the_rest_learns(precision: str) -> None:
+    booster, model, boosted, optimizer = make(precision, frozen=("model.decoder.embed", "model.decoder.layers.0."))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    texts = texts_of(0, 0, 0, 1, 1)
+    booster.train_step(boosted, optimizer, [batch_of(texts)], [counted(texts[1])], max_norm=1.0)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (not parameter.requires_grad), name
+
+
+def test_a_step_without_a_counted_token_is_no_nan() -> None:
+    booster, model, boosted, optimizer = make()
+    ids, labels = texts_of(0, 0, 0, 1, 1)
+    output = booster.train_step(boosted, optimizer, [batch_of((ids, torch.full_like(labels, -100)))], [0], max_norm=1.0)
+    assert (output.loss_sum.item(), output.tokens, output.grad_norm.item()) == (0.0, 0, 0.0)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_a_tensor_under_two_names_stays_one() -> None:
+    booster, _, _, _ = make()
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    moved = booster._to_device({"input_ids": ids, "labels": ids, "other": ids.clone()})
+    assert moved["labels"] is moved["input_ids"]
+    assert moved["other"] is not moved["input_ids"]
+
+
+def test_a_model_alone_can_be_boosted() -> None:
+    model = tiny()
+    boosted, optimizer = Booster(TorchDDPPlugin(), ALONE).boost(CausalLanguageModel(model, OPT))
+    assert optimizer is None
+    ids, labels = texts_of(0, 0, 0, 1, 1)
+    loss_sum, count = boosted(input_ids=ids, labels=labels)
+    assert count.item() == counted(labels)
+    expected = F.cross_entropy(
+        model(input_ids=ids).logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1), reduction="sum"
+    )
+    assert loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_world_is_found_if_none_is_given() -> None:
+    assert (Booster(TorchDDPPlugin()).world.rank, Booster(TorchDDPPlugin()).world.world_size) == (0, 1)

@@ -88,24 +88,36 @@ class Booster:
 
         Returns:
             The losses' sum, the tokens and the norm, still on the device.
+
+        Raises:
+            ValueError: there is no micro-batch, or not one count for each.
         """
+        if len(micro_batches) != len(tokens):
+            raise ValueError(
+                f"{len(micro_batches)} micro-batches came with {len(tokens)} counts of tokens: give one each"
+            )
+        if not micro_batches:
+            raise ValueError("a step needs at least one micro-batch")
         mine = sum(tokens)
         factor = self._loss_factor(mine)
-        total: torch.Tensor | None = None
+        sums = []
         last = len(micro_batches) - 1
-        for index, batch in enumerate(micro_batches):
-            with nullcontext() if index == last else self.no_sync(model):
-                loss_sum, _ = model(**self._to_device(batch))
-                self.backward(loss_sum * factor, optimizer)
-            total = loss_sum.detach() if total is None else total + loss_sum.detach()
+        try:
+            for index, batch in enumerate(micro_batches):
+                with nullcontext() if index == last else self.no_sync(model):
+                    loss_sum, _ = model(**self._to_device(batch))
+                    self.backward(loss_sum * factor, optimizer)
+                sums.append(loss_sum.detach())
+        except BaseException:
+            # What was added up so far must not go into the next step of a caller who takes a smaller batch instead.
+            optimizer.zero_grad()
+            raise
         norm = optimizer.clip_grad_by_norm(max_norm)
         optimizer.step()
         if lr_scheduler is not None:
             lr_scheduler.step()
         optimizer.zero_grad()
-        if total is None:
-            raise ValueError("a step needs at least one micro-batch")
-        return StepOutput(total, mine, norm)
+        return StepOutput(torch.stack(sums).sum(), mine, norm)
 
     def _loss_factor(self, tokens: int) -> torch.Tensor | float:
         """Return what turns this rank's sum into its part of the global mean; plugins average over ranks."""

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from albireo.device.cores import usable_cores
 from albireo.distributed import launch_ranks
 from albireo.distributed.launch import rank_environment
 from albireo.errors import AlbireoError, LaunchError
@@ -80,7 +80,7 @@ def test_ranks_die_with_a_launcher_that_is_killed(entries: Path) -> None:
 
 
 def test_threads_are_shared_out_and_a_users_own_setting_is_kept() -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     assert rank_environment(1, 2, {})["OMP_NUM_THREADS"] == str(max(1, cores // 2))
     assert rank_environment(1, 2, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
     assert rank_environment(1, 2, {})["RANK"] == "1"

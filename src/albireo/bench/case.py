@@ -11,7 +11,7 @@ from albireo.errors import ConfigError
 
 __all__ = ["SYSTEMS", "Case", "CaseResult"]
 
-SYSTEMS = ("albireo", "plain", "fsdp2")
+SYSTEMS = ("albireo", "albireo_compiled", "plain", "fsdp2", "fsdp2_compiled")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Case:
     """What is measured.
 
     Attributes:
-        system: "albireo"; or a reference: "plain" (a hand-written PyTorch loop with autocast) or "fsdp2".
+        system: "albireo"; or a reference: "plain" (a hand-written PyTorch loop with autocast) or "fsdp2"; with
+            "_compiled" behind it where blocks are compiled.
         model: an OPT size.
         batch_size: samples per rank and step.
         precision: "fp32", "fp16" or "bf16".
@@ -51,6 +52,11 @@ class Case:
         for name in ("batch_size", "sequence_length", "steps", "warmup"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def compiled(self) -> bool:
+        """The blocks are compiled."""
+        return self.system.endswith("_compiled")
 
     def mapping(self) -> dict[str, Any]:
         """Return the case as JSON values."""

@@ -29,6 +29,7 @@ def measure_albireo(case: Case) -> CaseResult:
             "plugin": case.plugin,
             "precision": case.precision,
             "tf32": case.tf32,
+            "compile": case.compiled,
             "batch_size": case.batch_size,
             "sequence_length": case.sequence_length,
             "checkpointing": case.checkpointing,

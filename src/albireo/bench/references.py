@@ -70,6 +70,8 @@ def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Ste
     try:
         policy = MixedPrecisionPolicy(param_dtype=_DTYPES[case.precision], reduce_dtype=torch.float32)
         for block in model.model.decoder.layers:
+            if case.compiled:
+                block.compile()
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
         optimizer = torch.optim.AdamW(_decay_groups(model), lr=5e-5, fused=True)
@@ -90,4 +92,4 @@ def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Ste
 
 
 _Reference = Callable[[Case, PreTrainedModel, _Tokens], AbstractContextManager[_Step]]
-REFERENCES: Mapping[str, _Reference] = MappingProxyType({"plain": _plain, "fsdp2": _fsdp2})
+REFERENCES: Mapping[str, _Reference] = MappingProxyType({"plain": _plain, "fsdp2": _fsdp2, "fsdp2_compiled": _fsdp2})

@@ -35,7 +35,7 @@ def run_case(case: Case) -> CaseResult:
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
     torch.backends.cudnn.allow_tf32 = case.tf32
     try:
-        if case.system == "albireo":
+        if case.system.startswith("albireo"):
             return measure_albireo(case)
         return _measure_reference(case)
     except Exception as error:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
+from albireo.cli.options import NamedGroup
+from albireo.config import RunConfig, user_path
 from albireo.errors import ConfigError
 
 __all__ = ["bench"]
@@ -19,7 +21,7 @@ Examples:
 """
 
 
-@click.group(help="Measure speed and memory: `albireo bench opt --help`.")
+@click.group(cls=NamedGroup, help="Measure speed and memory: `albireo bench opt --help`.")
 def bench() -> None:
     """Hold the recipes together."""
 
@@ -31,11 +33,19 @@ def bench() -> None:
 @click.option("--models", default="tiny", show_default=True, help="OPT sizes, with random weights.")
 @click.option("--batch-sizes", default="8", show_default=True, help="Samples per step.")
 @click.option("--precisions", default="fp32", show_default=True, help="fp32, fp16, bf16.")
-@click.option("--sequence-length", default=1024, show_default=True, help="Tokens in a sample.")
-@click.option("--steps", default=10, show_default=True, help="Steps that are timed.")
-@click.option("--warmup", default=3, show_default=True, help="Steps before them that are not.")
 @click.option(
-    "--rounds", default=1, show_default=True, help="Measure everything so many times, in turn; the median counts."
+    "--sequence-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens in a sample."
+)
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps that are timed.")
+@click.option(
+    "--warmup", type=click.IntRange(min=1), default=3, show_default=True, help="Steps before them that are not."
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Measure everything so many times, in turn; the median counts.",
 )
 @click.option("--checkpointing/--no-checkpointing", default=True, show_default=True, help="Activation checkpointing.")
 @click.option("--tf32/--no-tf32", default=True, show_default=True, help="Fp32 products in TF32 on a GPU.")
@@ -50,31 +60,36 @@ def opt(
     **common: Any,
 ) -> None:
     """Measure training of OPT: samples per second and peak memory, one process a case, cases in turn."""
-    from albireo.bench import Case
+    from albireo.bench.case import SYSTEMS, Case
     from albireo.bench.report import run_cases
 
-    sizes = _whole_numbers(batch_sizes)
-    if rounds < 1:
-        raise ConfigError(f"--rounds must be at least 1, not {rounds}")
+    known_precisions = next(info.choices for info in RunConfig.options() if info.name == "precision")
+    # All is looked at before the first case runs: a wrong word should not be found after an hour.
     cases = [
         Case(system=system, model=model, batch_size=size, precision=precision, **common)
-        for model in _words(models)
-        for precision in _words(precisions)
-        for size in sizes
-        for system in _words(systems)
+        for model in _words("--models", models)
+        for precision in _words("--precisions", precisions, known_precisions)
+        for size in _whole_numbers("--batch-sizes", batch_sizes)
+        for system in _words("--systems", systems, SYSTEMS)
     ]
-    run_cases(cases, rounds=rounds, output=Path(output) if output else None)
+    run_cases(cases, rounds=rounds, output=None if output is None else user_path("--output", output))
 
 
-def _words(text: str) -> list[str]:
+def _words(flag: str, text: str, known: Sequence[str] = ()) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
-        raise ConfigError("a list needs at least one word, with commas between")
+        raise ConfigError(f"{flag} needs at least one word, with commas between more, not {text!r}")
+    for word in words:
+        if known and word not in known:
+            raise ConfigError(f"{flag} knows {', '.join(known)}, not {word!r}")
     return words
 
 
-def _whole_numbers(text: str) -> list[int]:
+def _whole_numbers(flag: str, text: str) -> list[int]:
     try:
-        return [int(word) for word in _words(text)]
+        numbers = [int(word) for word in _words(flag, text)]
     except ValueError as error:
-        raise ConfigError(f"--batch-sizes takes whole numbers with commas between, not {text!r}") from error
+        raise ConfigError(f"{flag} takes whole numbers with commas between, not {text!r}") from error
+    if min(numbers) < 1:
+        raise ConfigError(f"{flag} must be at least 1, not {min(numbers)}")
+    return numbers

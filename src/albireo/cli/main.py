@@ -9,6 +9,7 @@ import click
 
 from albireo import __version__
 from albireo.cli.bench import bench
+from albireo.cli.options import NamedGroup
 from albireo.cli.train import train
 from albireo.errors import AlbireoError
 
@@ -27,7 +28,9 @@ Every verb has --help. A wrong value is one line and exit code 2.
 """
 
 
-@click.group(help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=NamedGroup, help=_HELP, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="albireo")
 def cli() -> None:
     """Hold the verbs together."""
@@ -49,10 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = cli.main(args=arguments, prog_name="albireo", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.ctx.get_help())
+        # Not on standard output: that is for results, and the exit code says that this is none.
+        click.echo(error.ctx.get_help(), err=True)
         code = 2
     except click.ClickException as error:
-        _say(" ".join(error.format_message().split()))
+        _say(_usage(error))
         code = 2
     except click.Abort:
         _say("stopped")
@@ -70,6 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.excepthook(*sys.exc_info())
         code = 70
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: click.ClickException) -> str:
+    """Return click's message on one line, and where to look."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return message if context is None else f"{message}; see {context.command_path} --help"
 
 
 def _say(message: str) -> None:

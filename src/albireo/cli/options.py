@@ -9,7 +9,7 @@ import click
 
 from albireo.config import OptionInfo, RunConfig
 
-__all__ = ["SectionedCommand", "config_options", "given_options"]
+__all__ = ["NamedGroup", "SectionedCommand", "config_options", "given_options"]
 
 _SECTION_TITLES = {
     "model": "Model",
@@ -58,6 +58,23 @@ def _help(info: OptionInfo) -> str:
         return f"{info.help} Default: {'on' if info.default else 'off'}."
     default = f"{info.default:g}" if isinstance(info.default, float) else info.default
     return f"{info.help} Default: {default}."
+
+
+class NamedGroup(click.Group):
+    """A group of commands that names them all to whoever asks for one that is not there."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command of the first argument.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        if args and not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            known = ", ".join(self.list_commands(ctx))
+            raise click.UsageError(f"{ctx.command_path} knows no {args[0]!r}, only: {known}", ctx)
+        return super().resolve_command(ctx, args)
 
 
 class SectionedCommand(click.Command):

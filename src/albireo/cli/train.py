@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
 
-from albireo.cli.options import SectionedCommand, config_options, given_options
-from albireo.config import config_to_mapping
+from albireo.cli.options import NamedGroup, SectionedCommand, config_options, given_options
+from albireo.config import config_to_mapping, user_path
 
 __all__ = ["train"]
 
@@ -23,7 +22,7 @@ Examples:
 """
 
 
-@click.group(help="Fine-tune a model: `albireo train opt --help`.")
+@click.group(cls=NamedGroup, help="Fine-tune a model: `albireo train opt --help`.")
 def train() -> None:
     """Hold the recipes together."""
 
@@ -43,9 +42,9 @@ def opt(output: str | None, resume: str | None, config_file: str | None, print_c
     plan = plan_run(
         recipe="opt",
         options=given_options(values),
-        config_file=Path(config_file) if config_file else None,
-        resume=Path(resume) if resume else None,
-        output=Path(output) if output else None,
+        config_file=None if config_file is None else user_path("--config", config_file),
+        resume=None if resume is None else user_path("--resume", resume),
+        output=None if output is None else user_path("--output", output),
     )
     if print_config:
         from albireo.training.start import resolved_config

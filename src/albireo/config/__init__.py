@@ -3,6 +3,7 @@
 from albireo.config.facts import MachineFacts
 from albireo.config.layers import config_from_mapping, config_to_mapping, merge, read_config_file
 from albireo.config.option import OptionInfo, option, options_of
+from albireo.config.paths import user_path
 from albireo.config.resolve import resolve
 from albireo.config.run import (
     DataConfig,
@@ -29,4 +30,5 @@ __all__ = [
     "options_of",
     "read_config_file",
     "resolve",
+    "user_path",
 ]

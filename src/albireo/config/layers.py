@@ -110,6 +110,8 @@ def read_config_file(path: Path, *, base: RunConfig | None = None) -> RunConfig:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        raise ConfigError(f"{path} is not JSON that can be read: {error}") from error
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path} must hold a JSON object with the sections of --print-config")
     return config_from_mapping(values, where=str(path), base=base)

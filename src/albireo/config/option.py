@@ -97,25 +97,38 @@ class OptionInfo:
         if value is None and self.optional:
             return None
         if self.kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError as error:  # a whole number of more than 308 digits
+                raise ConfigError(f"{self.flag} takes a finite number, not one of {len(str(value))} digits") from error
         if not isinstance(value, self.kind) or (self.kind is not bool and isinstance(value, bool)):
             raise ConfigError(f"{self.flag} takes {_article(self.kind)}, not {value!r}")
         if self.choices and value not in self.choices:
             raise ConfigError(f"{self.flag} is one of {', '.join(self.choices)}, not {value!r}")
         if self.kind in (int, float):
             self._check_number(value)
+        if self.kind is str:
+            self._check_text(value)
         return value
 
+    def _check_text(self, value: Any) -> None:
+        if not value.strip():
+            raise ConfigError(f"{self.flag} is empty: give a name, or leave {self.flag} out")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # as Python holds bytes of an argument that are not UTF-8
+            raise ConfigError(f"{self.flag} {value!a} is not valid UTF-8: give it another name") from error
+
     def _check_number(self, value: Any) -> None:
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{self.flag} takes a finite number, not {value!r}")
         if self.minimum is not None:
             if self.exclusive_minimum and value <= self.minimum:
-                raise ConfigError(f"{self.flag} must be more than {self.minimum:g}, not {value!r}")
+                raise ConfigError(f"{self.flag} must be more than {self.minimum:,.15g}, not {value!r}")
             if value < self.minimum:
-                raise ConfigError(f"{self.flag} must be at least {self.minimum:g}, not {value!r}")
+                raise ConfigError(f"{self.flag} must be at least {self.minimum:,.15g}, not {value!r}")
         if self.maximum is not None and value > self.maximum:
-            raise ConfigError(f"{self.flag} must be at most {self.maximum:g}, not {value!r}")
+            raise ConfigError(f"{self.flag} must be at most {self.maximum:,.15g}, not {value!r}")
 
 
 def _article(kind: type) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from albireo.config.facts import MachineFacts
-from albireo.config.run import RunConfig
+from albireo.config.run import DataConfig, RunConfig
 from albireo.errors import ConfigError
 
 __all__ = ["resolve"]
@@ -54,6 +54,13 @@ def resolve(config: RunConfig, machine: MachineFacts) -> RunConfig:
 def _check(config: RunConfig, machine: MachineFacts, *, tiny: bool) -> None:
     if tiny and config.model.init == "pretrained":
         raise ConfigError("--model tiny has no pretrained weights: leave --init out, or take another --model")
+    _check_data(config)
+    steps, warmup = config.schedule.steps, config.schedule.warmup
+    # A share of all steps, or steps that follow from the data, cannot be judged yet.
+    if steps is not None and warmup >= max(2, steps):
+        raise ConfigError(
+            f"--warmup {warmup:g} is no shorter than the run of {steps} steps: give less of it, or more --steps"
+        )
     gpus = config.plugin.gpus
     if machine.device_type == "cuda" and gpus > machine.device_count:
         have = "1 GPU" if machine.device_count == 1 else f"{machine.device_count} GPUs"
@@ -65,3 +72,14 @@ def _check(config: RunConfig, machine: MachineFacts, *, tiny: bool) -> None:
         )
     if config.plugin.precision == "bf16" and machine.device_type == "cuda" and not machine.bf16_is_native:
         raise ConfigError("--precision bf16 is not native on this GPU: take fp16 or fp32")
+
+
+def _check_data(config: RunConfig) -> None:
+    """Refuse options that the data has no use for: none is silently ignored."""
+    data = config.data
+    if data.data == "random" and config.model.tokenizer is not None:
+        raise ConfigError("--data random is made of ids, not of text, and needs no --tokenizer: leave one of them out")
+    if data.data in ("random", "synthetic") and data.text_field != DataConfig.text_field:
+        raise ConfigError(
+            f"--data {data.data} has no fields, so --text-field {data.text_field} says nothing: leave it out"
+        )

@@ -75,8 +75,8 @@ class OptimizerConfig:
     )
     weight_decay: float = option(0.01, "AdamW's weight decay; biases and norms are left out.", minimum=0.0)
     clip: float = option(1.0, "Clip the gradient to this global norm; 0 does not clip.", minimum=0.0)
-    batch_size: int | None = option(None, "Samples per rank and micro-batch. Default: 8.", minimum=1)
-    accumulate: int = option(1, "Micro-batches per step.", minimum=1)
+    batch_size: int | None = option(None, "Samples per rank and micro-batch. Default: 8.", minimum=1, maximum=10**9)
+    accumulate: int = option(1, "Micro-batches per step.", minimum=1, maximum=10**6)
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,13 @@ class ScheduleConfig:
     """How long, how often, and how the learning rate goes."""
 
     epochs: float | None = option(
-        None, "Passes over the data. Default: 1 for tiny, 3 otherwise.", minimum=0.0, exclusive_minimum=True
+        None,
+        "Passes over the data. Default: 1 for tiny, 3 otherwise.",
+        minimum=0.0,
+        exclusive_minimum=True,
+        maximum=10**6,
     )
-    steps: int | None = option(None, "Optimizer steps, instead of epochs.", minimum=1)
+    steps: int | None = option(None, "Optimizer steps, instead of epochs.", minimum=1, maximum=10**12)
     schedule: Literal["linear", "cosine", "constant"] = option("linear", "The learning rate after the warm-up.")
     warmup: float = option(
         0.1, "Warm-up: a share of all steps if below 1, a number of steps otherwise; 0 is none.", minimum=0.0
@@ -113,6 +117,9 @@ class PluginConfig:
     precision: Literal["fp32", "fp16", "bf16"] | None = option(
         None, "The numbers that compute. Default: bf16 where the GPU has it, else fp16; fp32 on a CPU."
     )
+    compile: bool = option(
+        False, "Compile the blocks with torch.compile: a slower start, then faster steps. Needs a C++ compiler."
+    )
     tf32: bool = option(True, "Let a GPU multiply fp32 matrices in TF32, as most training does.")
     mem_cap: float = option(
         0.0,
@@ -121,7 +128,10 @@ class PluginConfig:
         metavar="GB",
     )
     gpus: int = option(
-        1, "Ranks to start, each with a GPU of its own; without a GPU, as many CPU processes.", minimum=1
+        1,
+        "Ranks to start, each with a GPU of its own; without a GPU, as many CPU processes.",
+        minimum=1,
+        maximum=64,  # all are started on this machine
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from albireo.device.cgroups import cgroup_folders
+
 __all__ = ["HostMemory", "device_total_bytes", "read_host_memory"]
 
 # A cgroup without a limit says "max" (v2) or a number near 2**63 (v1).
@@ -57,30 +59,10 @@ def _meminfo_total(path: Path) -> int | None:
 
 
 def _cgroup_limits(root: Path) -> list[int]:
-    """Return the limits of every group this process is in: a child's may be wider than its parent's."""
-    limits: list[int] = []
-    mount = root / "sys/fs/cgroup"
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return limits
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, name = mount, "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = mount / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        group = base / path.strip("/")
-        while True:
-            limit = _read_limit(group / name)
-            if limit is not None:
-                limits.append(limit)
-            if group in (base, base.parent):
-                break
-            group = group.parent
-    return limits
+    """Return the limits of every group this process is in."""
+    names = {1: "memory.limit_in_bytes", 2: "memory.max"}
+    limits = (_read_limit(group / names[version]) for group, version in cgroup_folders("memory", root))
+    return [limit for limit in limits if limit is not None]
 
 
 def _read_limit(path: Path) -> int | None:

@@ -15,9 +15,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from albireo.device.cores import usable_cores
 from albireo.errors import AlbireoError, Interrupted, LaunchError
 
-__all__ = ["RANK_MODULE", "launch_ranks", "rank_environment"]
+__all__ = [
+    "RANK_MODULE",
+    "describe_end",
+    "launch_ranks",
+    "loopback_environment",
+    "rank_environment",
+    "threads_environment",
+]
 
 RANK_MODULE = "albireo.distributed.rank"
 
@@ -34,25 +42,39 @@ def rank_environment(rank: int, world_size: int, base: Mapping[str, str]) -> dic
         world_size: how many there are.
         base: the launcher's own environment; what it sets on purpose is kept.
     """
-    environment = dict(base)
-    environment.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    return {**threads_environment(world_size), **loopback_environment(), **base, **numbers}
+
+
+def threads_environment(ranks: int) -> dict[str, str]:
+    """Return the variables that share this machine's cores out.
+
+    Args:
+        ranks: how many compute on this machine.
+    """
     # One thread a rank would make everything on the host several times slower; all cores for each would too.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // world_size)))
-    # Ranks of one machine meet on the loopback interface: nothing of theirs is to be seen on a network.
+    return {"OMP_NUM_THREADS": str(max(1, usable_cores() // ranks))}
+
+
+def loopback_environment() -> dict[str, str]:
+    """Return the variables that have ranks of one machine speak over its loopback interface.
+
+    Nothing of theirs is then to be seen on a network.
+    """
     loopback = "lo0" if sys.platform == "darwin" else "lo"
-    environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    environment.setdefault("NCCL_SOCKET_IFNAME", loopback)
-    return environment
+    return {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
 
 
-def launch_ranks(entry: str, payload: Mapping[str, Any], world_size: int) -> None:
+def launch_ranks(
+    entry: str, payload: Mapping[str, Any], world_size: int, *, extra_environment: Mapping[str, str] | None = None
+) -> None:
     """Run a function on several new ranks of this machine, and wait for all.
 
     Args:
         entry: `module:function`; it is called as `function(world, payload)` on each rank.
         payload: JSON values for it.
         world_size: how many ranks.
+        extra_environment: variables for the ranks beside those of this process.
 
     Raises:
         AlbireoError: what the first rank to fail raised, if it said so.
@@ -60,11 +82,12 @@ def launch_ranks(entry: str, payload: Mapping[str, Any], world_size: int) -> Non
     """
     with tempfile.TemporaryDirectory(prefix="albireo-ranks-") as name:
         folder = Path(name)
+        base = {**os.environ, **(extra_environment or {})}
         (folder / "payload.json").write_text(json.dumps({"entry": entry, "payload": payload}))
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", RANK_MODULE, str(folder), str(os.getpid())],
-                env=rank_environment(rank, world_size, os.environ),
+                env=rank_environment(rank, world_size, base),
                 stdin=subprocess.DEVNULL,
                 # A terminal's Ctrl-C would reach launcher and ranks at once; so it reaches them once, from here.
                 start_new_session=True,
@@ -125,11 +148,23 @@ def _reason(folder: Path, rank: int, code: int) -> AlbireoError:
         error = Interrupted(report["message"]) if report["exit_code"] == 130 else AlbireoError(report["message"])
         error.exit_code = report["exit_code"]
         return error
-    if code < 0:
+    lost = LaunchError(describe_end(rank, code))
+    lost.exit_code = 70
+    return lost
+
+
+def describe_end(rank: int, code: int) -> str:
+    """Say how a rank ended.
+
+    Args:
+        rank: its number.
+        code: its exit code; negative: the signal that ended it.
+    """
+    if code >= 0:
+        return f"rank {rank} ended with exit code {code}; its own message is above"
+    try:
         name = signal.Signals(-code).name
-        hint = "; the system does so when host memory runs out" if -code == signal.SIGKILL else ""
-        error = LaunchError(f"rank {rank} was ended by {name}{hint}")
-    else:
-        error = LaunchError(f"rank {rank} ended with exit code {code}; its own message is above")
-    error.exit_code = 70
-    return error
+    except ValueError:
+        name = f"signal {-code}"
+    hint = "; the system does so when host memory runs out" if -code == signal.SIGKILL else ""
+    return f"rank {rank} was ended by {name}{hint}"

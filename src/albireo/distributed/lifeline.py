@@ -1,16 +1,24 @@
-"""A rank dies with its launcher, even if the launcher is killed without warning."""
+"""A rank dies with its launcher, even if the launcher is killed without warning.
+
+Run as a file, it ties a command of any kind: `python lifeline.py LAUNCHER_PID COMMAND...`. It is light on purpose and
+imports nothing of the package, so that this costs some hundredths of a second.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from types import FrameType
 
-__all__ = ["tie_to_launcher"]
+__all__ = ["run_tied", "tie_to_launcher", "watch_over"]
 
 _PR_SET_PDEATHSIG = 1
+_LOOK_SECONDS = 0.5
 
 
 def tie_to_launcher(launcher_pid: int) -> None:
@@ -30,8 +38,63 @@ def tie_to_launcher(launcher_pid: int) -> None:
         os._exit(1)
 
 
+def run_tied(launcher_pid: int, command: Sequence[str]) -> int:
+    """Run a command that dies with the launcher.
+
+    Args:
+        launcher_pid: the process that started this one.
+        command: the program, with its path, and its arguments.
+
+    Returns:
+        The command's exit code. On Linux this process becomes the command, and never returns: what the kernel was asked
+        for outlives that.
+    """
+    if sys.platform.startswith("linux"):
+        tie_to_launcher(launcher_pid)
+        os.execv(command[0], list(command))
+    return watch_over(launcher_pid, command)
+
+
+def watch_over(launcher_pid: int, command: Sequence[str]) -> int:
+    """Run a command as a child, and end it when the launcher is gone: for systems whose kernel cannot.
+
+    This process leads a process group of its own, so a signal for the group reaches the command directly.
+
+    Args:
+        launcher_pid: the process that started this one.
+        command: the program, with its path, and its arguments.
+
+    Returns:
+        The command's exit code; if a signal ended it, this process ends by the same.
+    """
+    # Unlike "ignore", a handler is not inherited: the command meets every signal as if it stood alone.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, _leave_it_to_the_command)
+    child = subprocess.Popen(list(command))
+    while True:
+        try:
+            code = child.wait(_LOOK_SECONDS)
+            break
+        except subprocess.TimeoutExpired:
+            if os.getppid() != launcher_pid:
+                child.kill()
+    if code < 0:
+        if -code != signal.SIGKILL:  # which nobody can handle, nor stop handling
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
+
+
+def _leave_it_to_the_command(_number: int, _frame: FrameType | None) -> None:
+    pass
+
+
 def _watch(launcher_pid: int) -> None:
     never = threading.Event()
     while os.getppid() == launcher_pid:
         never.wait(1.0)
     os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tied(int(sys.argv[1]), sys.argv[2:]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from albireo.models.build import build_model, configure_model, materialise
 from albireo.models.checkpointing import enable_activation_checkpointing
 from albireo.models.choice import ModelChoice, fetch_model, resolve_model
+from albireo.models.compiling import compile_blocks
 from albireo.models.families import FAMILIES, count_parameters, family_of
 from albireo.models.family import Family, Size
 from albireo.models.initialise import InitialValues, initial_values, initialise, initialise_module
@@ -22,6 +23,7 @@ __all__ = [
     "Size",
     "Vocabulary",
     "build_model",
+    "compile_blocks",
     "configure_model",
     "count_parameters",
     "enable_activation_checkpointing",

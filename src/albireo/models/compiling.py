@@ -34,5 +34,5 @@ def compile_blocks(model: PreTrainedModel, family: Family) -> int:
     blocks = family.blocks(model)
     for _, block in blocks:
         # On the instance, so that neither the class nor another model of it changes.
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward)
     return len(blocks)

@@ -47,6 +47,9 @@ def restore_named_state(
         names: the parameters' names.
         saved: what there is: `STATE/PARAMETER` to shape and dtype.
         read: fills a tensor with what is saved under a name.
+
+    Raises:
+        CheckpointError: there are states of other parameters, or some of a parameter's are missing or do not fit it.
     """
     by_parameter: dict[str, list[str]] = {}
     for name in saved:
@@ -59,13 +62,30 @@ def restore_named_state(
             f"the checkpoint has optimizer states of {unknown[0]}, which this optimizer does not train"
         )
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state: dict[str, torch.Tensor] = {}
-            for key in by_parameter.get(names[parameter], []):
+        # A parameter that never had a gradient has no state at all; one that has some has all that its group has.
+        found = {parameter: by_parameter.get(names[parameter], []) for parameter in group["params"]}
+        wanted = sorted({key for keys in found.values() for key in keys})
+        for parameter, keys in found.items():
+            optimizer.state.pop(parameter, None)
+            for key in wanted if keys else []:
                 name = f"{key}/{names[parameter]}"
+                if name not in saved:
+                    raise CheckpointError(
+                        f"the checkpoint has no optimizer state {name}, though it has {key} of others"
+                    )
                 shape, dtype = saved[name]
+                _check_shape(name, shape, tuple(parameter.shape))
                 # A step count is a scalar, which a fused optimizer keeps beside its parameter.
-                state[key] = torch.empty(shape, dtype=dtype, device=parameter.device)
-                read(name, state[key])
-            if state:
-                optimizer.state[parameter] = state
+                state = torch.empty(shape, dtype=dtype, device=parameter.device)
+                read(name, state)
+                optimizer.state[parameter][key] = state
+
+
+def _check_shape(name: str, shape: tuple[int, ...], parameter_shape: tuple[int, ...]) -> None:
+    """Refuse a state that is no scalar, no moment and no factor of one (a row or a column of it)."""
+    sizes = zip(reversed(shape), reversed(parameter_shape), strict=False)
+    if len(shape) > len(parameter_shape) or any(size not in (1, whole) for size, whole in sizes):
+        raise CheckpointError(
+            f"the optimizer's state {name} has shape {shape} in the checkpoint, and the parameter {parameter_shape}: it "
+            "belongs to another model"
+        )

@@ -12,7 +12,7 @@ __all__ = ["OptimizerWrapper", "ScaledOptimizer"]
 
 
 class OptimizerWrapper:
-    """Wraps a torch optimizer; what it does not define goes to that optimizer.
+    """Wraps a torch optimizer, which `unwrap` gives out again.
 
     Args:
         optimizer: the optimizer.

@@ -45,7 +45,7 @@ class TorchDDPPlugin(Plugin):
         bucket_cap_mb: size of a bucket of gradients in MB (2**20 bytes).
         find_unused_parameters: look for parameters that a forward did not use.
         gradient_as_bucket_view: gradients are views of the buckets, which saves their size once.
-        static_graph: the graph is the same in every step.
+        static_graph: the graph is the same in every step; not with accumulation.
 
     Raises:
         ConfigError: the precision is unknown.
@@ -95,6 +95,9 @@ class TorchDDPPlugin(Plugin):
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class."""
         if isinstance(model.module, DistributedDataParallel):
+            if self._ddp_options["static_graph"]:
+                # torch counts the hooks of its first synchronised backward, and fails with an internal error here.
+                raise ConfigError("static_graph does not go together with accumulation: leave it out")
             return model.module.no_sync()
         return nullcontext()
 

@@ -17,7 +17,7 @@ from albireo.device import apply_device_cap, describe_device, device_total_bytes
 from albireo.distributed import World
 from albireo.errors import ConfigError
 from albireo.files import FileOperations
-from albireo.models import enable_activation_checkpointing
+from albireo.models import compile_blocks, enable_activation_checkpointing
 from albireo.ops import default_piece_rows
 from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
 from albireo.plugins import make_plugin
@@ -144,6 +144,9 @@ def _build_state(
     names, aliases = tensor_names(pretrained)
     if config.model.checkpointing:
         enable_activation_checkpointing(pretrained, preserve_rng_state=config.model.dropout > 0)
+    if config.plugin.compile:
+        blocks = compile_blocks(pretrained, planned.family)
+        progress.message(f"compiling  {blocks} blocks, once for all: the first step takes longer")
     model = CausalLanguageModel(pretrained, planned.family)
     model.train()
     groups = decay_groups(pretrained.named_parameters(), config.optimizer.weight_decay)

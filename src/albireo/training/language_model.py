@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 from albireo.config import RunConfig
-from albireo.data import TextTokenizer
+from albireo.data import TextTokenizer, load_tokenizer
+from albireo.errors import ModelError
 from albireo.models import (
     Family,
     Init,
@@ -32,14 +33,14 @@ class LanguageModelPlan:
         init: where its weights come from.
         parameters: how many it has.
         rows: of its vocabulary, as far as is known before the tokenizer is.
-        tokenizer: where its tokenizer is loaded from; None trains one on the data.
+        tokenizer: its own or the user's, which goes with it; None if there is none, or one is trained on the data.
     """
 
     choice: ModelChoice
     init: Init
     parameters: int
     rows: int
-    tokenizer: str | None
+    tokenizer: TextTokenizer | None
 
     @property
     def family(self) -> Family:
@@ -62,11 +63,8 @@ class LanguageModelPlan:
         Raises:
             ModelError: the weights cannot be loaded, or do not go with the tokenizer.
         """
-        vocabulary = None
-        if tokenizer is not None:
-            vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
         model_config, lines = configure_model(
-            self.choice, init=self.init, vocabulary=vocabulary, dropout=config.model.dropout
+            self.choice, init=self.init, vocabulary=_vocabulary(tokenizer), dropout=config.model.dropout
         )
         model = build_model(self.choice, model_config, init=self.init, seed=config.schedule.seed, device=device)
         return model, lines
@@ -79,20 +77,34 @@ def plan_language_model(config: RunConfig) -> LanguageModelPlan:
         config: a resolved configuration.
 
     Raises:
-        ModelError: there is no such model, or it cannot read sequences of this length.
+        ModelError: there is no such model, it cannot read sequences of this length, or its tokenizer is missing,
+            damaged or larger than its weights.
     """
     choice = resolve_model(config.model.model)
     init: Init = "pretrained" if config.model.init == "pretrained" else "random"
     model_config, _ = configure_model(choice, init=init, sequence_length=config.data.sequence_length)
-    tokenizer = config.model.tokenizer
+    try:
+        parameters = choice.family.count_parameters(model_config)
+    except ModelError as error:
+        raise ModelError(f"--model {choice.name}: {error}") from error
+    # Before the data: whoever is off line, or has too large a tokenizer, should not wait for it to be tokenized.
+    name = config.model.tokenizer
     if init == "pretrained":
-        # Before the data: whoever is off line should not wait for it to be tokenized.
         choice = fetch_model(choice)
-        tokenizer = tokenizer or str(choice.folder)
+        name = name or str(choice.folder)
+    # Random ids come of no tokenizer, and a model's folder may have none.
+    tokenizer = load_tokenizer(name) if name is not None and config.data.data != "random" else None
+    configure_model(choice, init=init, vocabulary=_vocabulary(tokenizer))
     return LanguageModelPlan(
         choice=choice,
         init=init,
-        parameters=choice.family.count_parameters(model_config),
+        parameters=parameters,
         rows=int(model_config.vocab_size),
         tokenizer=tokenizer,
     )
+
+
+def _vocabulary(tokenizer: TextTokenizer | None) -> Vocabulary | None:
+    if tokenizer is None:
+        return None
+    return Vocabulary(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)

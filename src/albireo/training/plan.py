@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from albireo.config import RunConfig, config_from_mapping, merge, read_config_file
+from albireo.config import RunConfig, config_from_mapping, merge, read_config_file, user_path
 from albireo.errors import ConfigError
 from albireo.training.run_folder import RunFolder
 
 __all__ = ["RunPlan", "plan_run"]
+
+# Names of data that stand for no path, whatever lies in the working folder.
+_MADE_UP = ("synthetic", "random")
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,13 @@ class RunPlan:
         config: the options, as far as they are given.
         resume: the folder of the run that goes on, or None for a new one.
         output: the folder of a new run, or None for the default.
+        begun: what the run that goes on was begun with; None for a new one.
     """
 
     config: RunConfig
     resume: Path | None
     output: Path | None
+    begun: RunConfig | None = None
 
     def make_folder(self) -> RunFolder:
         """Open the run's folder; a new one is made, with the configuration in it before anything else happens.
@@ -67,28 +72,31 @@ def plan_run(
         ConfigError: an unknown key or a wrong value.
         RunFolderError: there is no run to go on with.
     """
-    config = RunConfig(recipe=recipe)
+    config, begun = RunConfig(recipe=recipe), None
     if resume is not None:
         if output is not None and output.resolve() != resume.resolve():
             raise ConfigError("--resume goes on in the run's own folder: leave --output out")
         folder = RunFolder.open(resume)
-        config = config_from_mapping(folder.read_config(), where=str(folder.config_path), base=config)
+        config = begun = config_from_mapping(folder.read_config(), where=str(folder.config_path), base=config)
     if config_file is not None:
         config = read_config_file(config_file, base=config)
     config = merge(config, options)
-    return RunPlan(_with_absolute_paths(config), resume, output)
+    return RunPlan(_with_absolute_paths(config), resume, output, begun)
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make what exists as a path absolute: a run goes on from wherever its user stands."""
-    # Not the model's name: only the families know whether it is a size or a folder.
-    model = dataclasses.replace(config.model, tokenizer=_absolute(config.model.tokenizer))
-    data = dataclasses.replace(config.data, data=_absolute(config.data.data), cache=_absolute(config.data.cache))
-    return dataclasses.replace(config, model=model, data=data)
+    model, data = config.model, config.data
+    # Only checked: the families alone know whether the name is a size or a folder.
+    user_path("--model", model.model)
+    model = dataclasses.replace(model, tokenizer=_absolute("--tokenizer", model.tokenizer))
+    name = data.data if data.data in _MADE_UP else _absolute("--data", data.data)
+    cache = None if data.cache is None else str(user_path("--cache", data.cache).absolute())
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(data, data=name, cache=cache))
 
 
-def _absolute(name: Any) -> Any:
+def _absolute(flag: str, name: Any) -> Any:
     if name is None:
         return None
-    path = Path(name).expanduser()
+    path = user_path(flag, name)
     return str(path.resolve()) if path.exists() else name

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from albireo.checkpoint.names import find_checkpoints
 from albireo.config import MachineFacts, RunConfig, config_from_mapping, config_to_mapping, resolve
 from albireo.device import detect_device_type, device_count, has_native_bf16
 from albireo.distributed import World, join_world, launch_ranks
-from albireo.errors import AlbireoError
-from albireo.models import resolve_model
+from albireo.errors import AlbireoError, ConfigError
+from albireo.models import FAMILIES, resolve_model
 from albireo.training.assemble import open_session
 from albireo.training.loop import train_loop
 from albireo.training.plan import RunPlan
@@ -54,6 +55,7 @@ def start_run(plan: RunPlan, folder: RunFolder) -> None:
     """
     try:
         config = resolved_config(plan)
+        _refuse_changes(plan.begun, config, folder)
         if config.plugin.gpus > 1:
             payload = {"config": config_to_mapping(config), "folder": str(folder.path.resolve())}
             launch_ranks("albireo.training.start:train_in_rank", payload, config.plugin.gpus)
@@ -62,6 +64,28 @@ def start_run(plan: RunPlan, folder: RunFolder) -> None:
     except AlbireoError:
         folder.discard_if_not_begun()
         raise
+
+
+def _refuse_changes(begun: RunConfig | None, config: RunConfig, folder: RunFolder) -> None:
+    """Say at once, before text is tokenized and a model built, what a run's checkpoints cannot go on with.
+
+    What else they do not go with is found when they are loaded: a path may be another and its content the same.
+    """
+    if begun is None or not folder.checkpoints_path.is_dir() or not find_checkpoints(folder.checkpoints_path):
+        return
+    changes: list[tuple[str, Any, Any]] = [
+        ("--sequence-length", begun.data.sequence_length, config.data.sequence_length),
+        ("--holdout", begun.data.holdout, config.data.holdout),
+    ]
+    sizes = {size for family in FAMILIES.values() for size in family.sizes}
+    if {begun.model.model, config.model.model} <= sizes:
+        changes.append(("--model", begun.model.model, config.model.model))
+    for flag, before, now in changes:
+        if before is not None and before != now:
+            raise ConfigError(
+                f"{flag} {now} cannot go on with the run in {folder.path}, which was begun with {before}: leave {flag} "
+                "out, or begin a new run with another --output"
+            )
 
 
 def train_in_rank(world: World, payload: Mapping[str, Any]) -> None:

@@ -43,18 +43,20 @@ class RunData:
     lines: tuple[str, ...]
 
 
-def load_run_data(config: RunConfig, *, tokenizer: str | None, vocab_size: int, progress: Progress) -> RunData:
+def load_run_data(
+    config: RunConfig, *, tokenizer: TextTokenizer | None, vocab_size: int, progress: Progress
+) -> RunData:
     """Prepare what the configuration names.
 
     Args:
         config: a resolved configuration.
-        tokenizer: where to load a tokenizer from, or None to train one on the text.
+        tokenizer: what the text is encoded with, or None to train one on it.
         vocab_size: entries of a tokenizer that is trained, and of random ids.
         progress: shows how far it is.
 
     Raises:
         DataError: the text cannot be read, or is too short.
-        ModelError: the tokenizer cannot be loaded or trained.
+        ModelError: the tokenizer cannot be trained.
     """
     length = config.data.sequence_length or 2
     seed = config.schedule.seed
