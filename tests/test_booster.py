@@ -156,8 +156,8 @@ def steps_case(
     spied: list[dict[str, torch.Tensor]] = []
     inner.register_step_pre_hook(lambda *_: spied.append(gradients_of(model)))
     scheduler = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 1.0 / (step + 1))
-    booster = Booster(TorchDDPPlugin(precision=precision, **(ddp_options or {})), world)
-    boosted, optimizer = booster.boost(CausalLanguageModel(model, OPT), inner)
+    booster = Booster(plugin=TorchDDPPlugin(precision=precision, **(ddp_options or {})), world=world)
+    boosted, optimizer, *_ = booster.boost(CausalLanguageModel(model, OPT), inner)
     assert optimizer is not None
 
     plain = _Plain(tied, precision, clip)
@@ -301,8 +301,8 @@ def make(
     model = tiny()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
-    booster = Booster(TorchDDPPlugin(precision=precision), ALONE)
-    boosted, optimizer = booster.boost(
+    booster = Booster(plugin=TorchDDPPlugin(precision=precision), world=ALONE)
+    boosted, optimizer, *_ = booster.boost(
         CausalLanguageModel(model, OPT), adamw(decay_groups(model.named_parameters(), DECAY), RATE)
     )
     assert optimizer is not None
@@ -359,6 +359,23 @@ def test_a_step_without_a_counted_token_is_no_nan() -> None:
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+def test_a_model_in_fp64_can_be_trained() -> None:
+    model = tiny().double()
+    booster = Booster(plugin=TorchDDPPlugin(), world=ALONE)
+    boosted, optimizer, *_ = booster.boost(CausalLanguageModel(model, OPT), torch.optim.SGD(model.parameters(), lr=1.0))
+    assert optimizer is not None
+    plain = tiny().double()
+    texts = texts_of(0, 0, 0, 1, 1)
+    output = booster.train_step(boosted, optimizer, [batch_of(texts)], [counted(texts[1])], max_norm=0.5)
+    logits = plain(input_ids=texts[0]).logits[:, :-1].reshape(-1, VOCABULARY)
+    F.cross_entropy(logits, texts[1][:, 1:].reshape(-1)).backward()
+    norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    assert output.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert theirs.grad is not None
+        assert torch.allclose(ours, theirs - theirs.grad, rtol=1e-6, atol=1e-9)
+
+
 def test_a_tensor_under_two_names_stays_one() -> None:
     booster, _, _, _ = make()
     ids = torch.zeros(2, 3, dtype=torch.int64)
@@ -369,7 +386,7 @@ def test_a_tensor_under_two_names_stays_one() -> None:
 
 def test_a_model_alone_can_be_boosted() -> None:
     model = tiny()
-    boosted, optimizer = Booster(TorchDDPPlugin(), ALONE).boost(CausalLanguageModel(model, OPT))
+    boosted, optimizer, *_ = Booster(plugin=TorchDDPPlugin(), world=ALONE).boost(CausalLanguageModel(model, OPT))
     assert optimizer is None
     ids, labels = texts_of(0, 0, 0, 1, 1)
     loss_sum, count = boosted(input_ids=ids, labels=labels)
@@ -381,4 +398,5 @@ def test_a_model_alone_can_be_boosted() -> None:
 
 
 def test_the_world_is_found_if_none_is_given() -> None:
-    assert (Booster(TorchDDPPlugin()).world.rank, Booster(TorchDDPPlugin()).world.world_size) == (0, 1)
+    world = Booster(plugin=TorchDDPPlugin()).world
+    assert (world.rank, world.world_size) == (0, 1)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import nn
 
 from albireo.distributed import World, current_world
+from albireo.errors import ConfigError
+from albireo.ops import count_terms, sum_of_loss
 from albireo.optim import OptimizerWrapper
-from albireo.plugins import ModelWrapper, Plugin
+from albireo.plugins import Criterion, ModelWrapper, Plugin, TorchDDPPlugin
+from albireo.plugins.state_door import StateDoor
 
 __all__ = ["Booster", "StepOutput"]
+
+MicroBatch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class StepOutput:
 
     Attributes:
         loss_sum: this rank's loss, summed over its counted tokens; an fp32 scalar.
-        tokens: how many tokens this rank counted.
+        tokens: how many tokens this rank counted; samples, where a loss counts those.
         grad_norm: the gradient's global norm before clipping; an fp32 scalar, equal on every rank.
     """
 
@@ -31,58 +37,178 @@ class StepOutput:
     tokens: int
     grad_norm: torch.Tensor
 
+    @property
+    def loss(self) -> torch.Tensor:
+        """This rank's mean loss, an fp32 scalar."""
+        return self.loss_sum / max(self.tokens, 1)
 
-class Booster:
-    """Trains a model with a plugin.
+
+class Booster(StateDoor):
+    """Trains a model with a plugin; saves and loads it, see `StateDoor`.
 
     Args:
-        plugin: the mechanism.
+        device: what to compute on; the rank's own device if None.
+        mixed_precision: "fp32", "fp16" or "bf16"; the plugin's if None.
+        plugin: the mechanism; `TorchDDPPlugin()` if None.
         world: the ranks; those of the process group that this process has joined if None.
+
+    Attributes:
+        plugin: the mechanism.
+        world: the ranks.
+
+    Raises:
+        ConfigError: there is no such device or precision, or the plugin has another precision.
     """
 
-    def __init__(self, plugin: Plugin, world: World | None = None) -> None:
-        self.plugin = plugin
-        self.world = world if world is not None else current_world()
+    def __init__(
+        self,
+        device: str | torch.device | None = None,
+        mixed_precision: str | None = None,
+        plugin: Plugin | None = None,
+        *,
+        world: World | None = None,
+    ) -> None:
+        if isinstance(device, Plugin):
+            raise ConfigError("give the plugin by its name: Booster(plugin=...)")
+        self.plugin = plugin if plugin is not None else TorchDDPPlugin()
+        if mixed_precision is not None:
+            self.plugin.choose_precision(mixed_precision)
+        self.world = _on_device(world if world is not None else current_world(), device)
+
+    @overload
+    def boost(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        criterion: Criterion | None = None,
+        dataloader: Any = None,
+        lr_scheduler: Any = None,
+    ) -> tuple[ModelWrapper, OptimizerWrapper, Any, Any, Any]: ...
+
+    @overload
+    def boost(
+        self,
+        model: nn.Module,
+        optimizer: None = None,
+        criterion: Criterion | None = None,
+        dataloader: Any = None,
+        lr_scheduler: Any = None,
+    ) -> tuple[ModelWrapper, None, Any, Any, Any]: ...
 
     def boost(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
-    ) -> tuple[ModelWrapper, OptimizerWrapper | None]:
-        """Wrap a model and its optimizer with the plugin.
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        criterion: Criterion | None = None,
+        dataloader: Any = None,
+        lr_scheduler: Any = None,
+    ) -> tuple[ModelWrapper, OptimizerWrapper | None, Any, Any, Any]:
+        """Move a model to the device, and wrap it and its optimizer with the plugin.
 
         Args:
-            model: a model on the device.
-            optimizer: its optimizer.
+            model: any module; one that takes keyword arguments for `train_step`.
+            optimizer: a torch optimizer of its parameters.
+            criterion: computes the loss from outputs and labels.
+            dataloader: passed through, as `plugin.prepare_dataloader` or anybody else made it.
+            lr_scheduler: passed through; one of torch's, made with `optimizer` itself.
+
+        Returns:
+            The five in this order: the model, called as before; the optimizer; the criterion, which computes in the
+            plugin's precision; the loader; the schedule.
+
+        Raises:
+            ConfigError: the model is boosted already.
         """
-        return self.plugin.configure(model, optimizer, self.world)
+        if isinstance(model, ModelWrapper) or isinstance(optimizer, OptimizerWrapper):
+            raise ConfigError("this model or optimizer is boosted already: give boost the user's own")
+        model.to(self.world.device)
+        boosted, wrapped = self.plugin.configure(model, optimizer, self.world)
+        if optimizer is not None and wrapped is not None:
+            if optimizer.state:
+                # They were there before the model moved, and follow it as torch has it when it loads them.
+                optimizer.load_state_dict(optimizer.state_dict())
+            wrapped.names = {parameter: name for name, parameter in model.named_parameters()}
+        loss_function = None
+        if criterion is not None:
+            if isinstance(criterion, nn.Module):
+                criterion.to(self.world.device)
+            loss_function = self.plugin.configure_criterion(criterion, self.world)
+            boosted.use_criterion(criterion, loss_function)
+        return boosted, wrapped, loss_function, dataloader, lr_scheduler
 
     def backward(self, loss: torch.Tensor, optimizer: OptimizerWrapper) -> None:
         """Run backward through the plugin."""
         optimizer.backward(loss)
 
-    def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
-        """Return a context in which gradients are added up locally."""
+    def no_sync(
+        self,
+        model: ModelWrapper | None = None,
+        optimizer: OptimizerWrapper | None = None,  # noqa: ARG002  scripts pass it
+    ) -> AbstractContextManager[None]:
+        """Return a context in which gradients are added up locally: for all micro-batches of a step but the last.
+
+        Args:
+            model: the boosted model.
+            optimizer: not needed by any plugin so far.
+
+        Raises:
+            ConfigError: no model is given.
+        """
+        if model is None:
+            raise ConfigError("no_sync needs the model: booster.no_sync(model)")
         return self.plugin.no_sync(model)
+
+    def execute_pipeline(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refuse: there is no pipeline.
+
+        Raises:
+            ConfigError: always; it says what to call.
+        """
+        raise ConfigError(
+            f"{self.plugin.name} has no pipeline: call booster.train_step(model, optimizer, micro_batches), which does "
+            "forward, backward, clip and step for every plugin"
+        )
+
+    def enable_lora(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refuse: adapters are not there yet.
+
+        Raises:
+            ConfigError: always; it says what to do.
+        """
+        raise ConfigError("enable_lora is not there yet: give boost a model that peft.get_peft_model has made")
+
+    def save_lora_as_pretrained(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refuse: adapters are not there yet.
+
+        Raises:
+            ConfigError: always; it says what to do.
+        """
+        raise ConfigError("save_lora_as_pretrained is not there yet: call model.unwrap().save_pretrained(folder)")
 
     def train_step(
         self,
         model: ModelWrapper,
         optimizer: OptimizerWrapper,
-        micro_batches: Sequence[Mapping[str, torch.Tensor]],
-        tokens: Sequence[int],
+        micro_batches: MicroBatch | Sequence[MicroBatch],
+        tokens: int | Sequence[int] | None = None,
         *,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         max_norm: float = 0.0,
     ) -> StepOutput:
         """Forward, backward, clip and step: one optimizer step, the same for every plugin.
 
-        The loss is the mean over all counted tokens of the global batch, over ranks and micro-batches: their number
-        is added up before the first forward, and each micro-batch's sum is divided by it.
+        The loss is the mean over all that is counted in the global batch, over ranks and micro-batches: the counts are
+        added up before the first forward, and each micro-batch's sum is divided by the total.
 
         Args:
-            model: a boosted model whose forward returns the loss's sum and the count of tokens.
+            model: a boosted model. Its forward returns something with the mean loss as its `loss`, or the loss's sum
+                and the count of tokens; or boost was given a criterion, which is called with the outputs and the
+                batch's `labels`.
             optimizer: its boosted optimizer.
-            micro_batches: each the keyword arguments of one forward, as tensors on the host or the device.
-            tokens: how many tokens each micro-batch counts, known on the host so that nothing is waited for.
+            micro_batches: each the keyword arguments of one forward, with tensors on the host or the device; or a
+                single one.
+            tokens: how many terms each micro-batch's loss is a mean of; if None they are counted, see
+                `albireo.ops.count_terms`, which waits for nothing as long as labels are on the host.
             lr_scheduler: stepped after the optimizer.
             max_norm: clip the gradient to this global norm; 0 does not.
 
@@ -91,21 +217,17 @@ class Booster:
 
         Raises:
             ValueError: there is no micro-batch, or not one count for each.
+            ConfigError: the model returns no loss, or nothing tells the count.
         """
-        if len(micro_batches) != len(tokens):
-            raise ValueError(
-                f"{len(micro_batches)} micro-batches came with {len(tokens)} counts of tokens: give one each"
-            )
-        if not micro_batches:
-            raise ValueError("a step needs at least one micro-batch")
-        mine = sum(tokens)
+        batches, counts = _micro_batches(model, micro_batches, tokens)
+        mine = sum(counts)
         factor = self._loss_factor(mine)
         sums = []
-        last = len(micro_batches) - 1
+        last = len(batches) - 1
         try:
-            for index, batch in enumerate(micro_batches):
+            for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
                 with nullcontext() if index == last else self.no_sync(model):
-                    loss_sum, _ = model(**self._to_device(batch))
+                    loss_sum = _loss_sum(model, self._to_device(batch), count)
                     self.backward(loss_sum * factor, optimizer)
                 sums.append(loss_sum.detach())
         except BaseException:
@@ -126,10 +248,51 @@ class Booster:
         count = torch.tensor(float(tokens), dtype=torch.float32).to(self.world.device, non_blocking=True)
         return self.world.world_size / self.world.sum_in_place(count).clamp(min=1.0)
 
-    def _to_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def _to_device(self, batch: MicroBatch) -> dict[str, Any]:
         """Move a batch, each tensor once however many names it goes by."""
         moved: dict[int, torch.Tensor] = {}
-        for tensor in batch.values():
-            if id(tensor) not in moved:
-                moved[id(tensor)] = tensor.to(self.world.device, non_blocking=True)
-        return {name: moved[id(tensor)] for name, tensor in batch.items()}
+        for value in batch.values():
+            if isinstance(value, torch.Tensor) and id(value) not in moved:
+                moved[id(value)] = value.to(self.world.device, non_blocking=True)
+        return {name: moved.get(id(value), value) for name, value in batch.items()}
+
+
+def _on_device(world: World, device: str | torch.device | None) -> World:
+    if device is None:
+        return world
+    chosen = torch.device(device)
+    if chosen.type == world.device.type and chosen.index in (None, world.device.index):
+        return world
+    if chosen.type == "cpu":
+        return dataclasses.replace(world, device=chosen)
+    raise ConfigError(f"this rank computes on {world.device}, not on {device}: leave device out, or give 'cpu'")
+
+
+def _micro_batches(
+    model: ModelWrapper, micro_batches: MicroBatch | Sequence[MicroBatch], tokens: int | Sequence[int] | None
+) -> tuple[Sequence[MicroBatch], Sequence[int]]:
+    """Return the micro-batches, and how many terms the loss of each is a mean of."""
+    batches = [micro_batches] if isinstance(micro_batches, Mapping) else list(micro_batches)
+    if not batches:
+        raise ValueError("a step needs at least one micro-batch")
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise ConfigError(
+                f"a micro-batch is a mapping of the forward's arguments, not a {type(batch).__name__}: make it a dict"
+            )
+    if tokens is None:
+        counts = [count_terms(batch, model.unwrap(), model.criterion) for batch in batches]
+    else:
+        counts = [tokens] if isinstance(tokens, int) else list(tokens)
+    if len(batches) != len(counts):
+        raise ValueError(f"{len(batches)} micro-batches came with {len(counts)} counts of tokens: give one each")
+    return batches, counts
+
+
+def _loss_sum(model: ModelWrapper, batch: dict[str, Any], count: int) -> torch.Tensor:
+    if model.loss_function is None:
+        return sum_of_loss(model(**batch), count)
+    if "labels" not in batch:
+        raise ConfigError(f"the criterion needs labels, and the batch has only {', '.join(batch)}")
+    labels = batch.pop("labels")
+    return sum_of_loss(model.loss_function(model(**batch), labels), count, model.criterion)

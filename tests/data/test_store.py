@@ -172,7 +172,7 @@ def test_whoever_waits_says_so(tmp_path: Path) -> None:
 def test_a_cache_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        DataError, match=r"the cache folder .*file cannot be written \(.*\); name another one .*ALBIREO_CACHE"
+        DataError, match=r"the cache folder .*file cannot be written \(.*\); name another by --cache .*ALBIREO_CACHE"
     ):
         built_once(tmp_path / "file", "things", "key", Builder())
 

@@ -44,6 +44,8 @@ def wait(world, payload):
 def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "launch_entries.py").write_text(ENTRIES)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    # More ranks than a small machine has GPUs.
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return tmp_path
 
 
@@ -89,7 +91,7 @@ def test_threads_are_shared_out_and_a_users_own_setting_is_kept() -> None:
 def _runs(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or while it was read
         return False
     return state != "Z"
 

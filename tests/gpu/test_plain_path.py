@@ -62,8 +62,8 @@ def test_a_step_never_waits_for_the_device(precision: str, monkeypatch: pytest.M
     config, _ = configure_model(choice, init="random")
     model = build_model(choice, config, init="random", seed=0, device=world.device)
     optimizer = adamw(decay_groups(model.named_parameters(), 0.01), 1e-3)
-    booster = Booster(TorchDDPPlugin(precision=precision), world)
-    boosted, wrapped = booster.boost(CausalLanguageModel(model, choice.family), optimizer)
+    booster = Booster(plugin=TorchDDPPlugin(precision=precision), world=world)
+    boosted, wrapped, *_ = booster.boost(CausalLanguageModel(model, choice.family), optimizer)
     assert wrapped is not None
     ids = torch.stack([row["input_ids"] for row in RandomTokens(4, 64, 4096, 0).__getitems__(range(4))]).pin_memory()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ def make(world: World, precision: str = "fp32", **options: Any) -> tuple[Booster
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = Regression()
-    booster = Booster(TorchDDPPlugin(precision=precision, **options), World(world.rank, world.world_size, 0, CPU))
-    boosted, optimizer = booster.boost(model, adamw(decay_groups(model.named_parameters(), 0.1), 0.01))
+    booster = Booster(
+        plugin=TorchDDPPlugin(precision=precision, **options), world=World(world.rank, world.world_size, 0, CPU)
+    )
+    boosted, optimizer, *_ = booster.boost(model, adamw(decay_groups(model.named_parameters(), 0.1), 0.01))
     assert optimizer is not None
     return booster, boosted, optimizer
 
@@ -139,7 +142,9 @@ def test_a_gradient_that_is_no_number_is_hidden_on_no_rank(two_ranks: Any) -> No
 
 
 def wrapping_case(world: World) -> list[bool]:
-    booster, model, _ = make(world, "bf16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nobody should be warned of what he has not asked for
+        booster, model, _ = make(world, "bf16")
     seen: list[torch.dtype] = []
     model.unwrap().layers[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
     with torch.no_grad():

@@ -74,7 +74,8 @@ def make(world: World, precision: str = "fp32", dropout: float = 0.5) -> tuple[O
         torch.manual_seed(4)
         model = OPTForCausalLM(config).train()
     optimizer = adamw(decay_groups(model.named_parameters(), 0.0), 1e-3)
-    boosted, _ = Booster(TorchDDPPlugin(precision=precision), world).boost(CausalLanguageModel(model, OPT), optimizer)
+    booster = Booster(plugin=TorchDDPPlugin(precision=precision), world=world)
+    boosted, *_ = booster.boost(CausalLanguageModel(model, OPT), optimizer)
     return model, boosted
 
 

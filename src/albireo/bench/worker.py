@@ -15,6 +15,7 @@ from albireo.bench.references import REFERENCES
 from albireo.bench.timing import time_steps
 from albireo.data import RandomTokens, samples_at
 from albireo.device import select_device
+from albireo.errors import OutOfMemoryError
 from albireo.models import build_model, configure_model, enable_activation_checkpointing, resolve_model
 from albireo.training.memory_needs import is_out_of_memory
 from albireo.training.text import RANDOM_BLOCKS
@@ -39,7 +40,7 @@ def run_case(case: Case) -> CaseResult:
             return measure_albireo(case)
         return _measure_reference(case)
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, OutOfMemoryError) or is_out_of_memory(error):
             return CaseResult(case, "out_of_memory", error=str(error).splitlines()[0])
         raise
 

@@ -25,7 +25,9 @@ __all__ = ["encode_header", "view_bytes", "write_tensor_file"]
 _ALIGNMENT_BYTES = 8
 
 
-def encode_header(tensors: Mapping[str, TensorInfo], pieces: Sequence[Piece]) -> bytes:
+def encode_header(
+    tensors: Mapping[str, TensorInfo], pieces: Sequence[Piece], metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Return all that stands before the elements in a file.
 
     A slice that is a whole tensor has the tensor's name and shape; a part of one is 1-D and named `NAME@START`.
@@ -33,11 +35,12 @@ def encode_header(tensors: Mapping[str, TensorInfo], pieces: Sequence[Piece]) ->
     Args:
         tensors: at least those that `pieces` are of.
         pieces: in the order of their elements in the file.
+        metadata: texts for the header beside the format.
 
     Raises:
         CheckpointError: two pieces begin at the same element of the same tensor.
     """
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end_bytes = 0
     for piece in pieces:
         info = tensors[piece.name]
@@ -57,15 +60,19 @@ def encode_header(tensors: Mapping[str, TensorInfo], pieces: Sequence[Piece]) ->
     return len(header).to_bytes(8, "little") + header
 
 
-def write_tensor_file(path: Path, slices: Sequence[TensorSlice], files: FileOperations) -> FileRecord:
+def write_tensor_file(
+    path: Path, slices: Sequence[TensorSlice], files: FileOperations, *, metadata: Mapping[str, str] | None = None
+) -> FileRecord:
     """Write slices to a safetensors file and sync it.
 
     Elements in host memory are written from where they are; others pass through one buffer of `files.chunk_bytes`.
 
     Args:
         path: the file, which is made new.
-        slices: with at least one element each; they lie in the file with the widest dtypes first.
+        slices: parts of tensors with at least one element each, or whole tensors; they lie in the file with the widest
+            dtypes first.
         files: what touches the disk.
+        metadata: texts for the header beside the format.
 
     Returns:
         What was written: its name, size, checksum and pieces.
@@ -77,7 +84,7 @@ def write_tensor_file(path: Path, slices: Sequence[TensorSlice], files: FileOper
     # Each element then lies at a multiple of its own width, which readers that map the file need.
     ordered = sorted(slices, key=lambda slice_: -slice_.data.element_size())
     pieces = tuple(slice_.piece for slice_ in ordered)
-    header = encode_header({slice_.name: slice_.info for slice_ in ordered}, pieces)
+    header = encode_header({slice_.name: slice_.info for slice_ in ordered}, pieces, metadata)
     digest = hashlib.sha256(header)
     size_bytes = len(header)
     # Hashing costs as long as writing does; a thread beside the write hides it.

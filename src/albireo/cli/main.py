@@ -9,7 +9,9 @@ import click
 
 from albireo import __version__
 from albireo.cli.bench import bench
+from albireo.cli.check import check
 from albireo.cli.options import NamedGroup
+from albireo.cli.run import run
 from albireo.cli.train import train
 from albireo.errors import AlbireoError
 
@@ -38,6 +40,8 @@ def cli() -> None:
 
 cli.add_command(train)
 cli.add_command(bench)
+cli.add_command(run)
+cli.add_command(check)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from albireo.errors import ConfigError
@@ -28,7 +29,8 @@ def user_path(flag: str, text: str) -> Path:
     try:
         text.encode()
         path = Path(text).expanduser()
-        path.exists()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
     except UnicodeEncodeError as error:
         # config.json, which is UTF-8, could not hold it.
         raise ConfigError(f"{flag} {shown!a} is not valid UTF-8: give it another name") from error

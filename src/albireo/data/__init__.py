@@ -6,6 +6,7 @@ from albireo.data.blocks import RandomTokens, TokenBlocks, pack, split_blocks
 from albireo.data.cache import tokenize, trained_tokenizer
 from albireo.data.loader import IGNORED_LABEL, Batch, StepLoader, evaluation_batches
 from albireo.data.order import BatchLayout, SampleOrder, epoch_of, epoch_permutation, samples_at, steps_for
+from albireo.data.sampler import EpochSampler
 from albireo.data.source import open_source
 from albireo.data.store import default_cache_folder
 from albireo.data.text import TextData, TextOptions, prepare_text, prepare_tokenizer
@@ -19,6 +20,7 @@ __all__ = [
     "IGNORED_LABEL",
     "Batch",
     "BatchLayout",
+    "EpochSampler",
     "RandomTokens",
     "SampleOrder",
     "SpecialTokens",

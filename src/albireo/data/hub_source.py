@@ -52,7 +52,7 @@ class HubSource(TextSource):
                 if text_field not in table.column_names:
                     raise DataError(
                         f'the {part} split of {name} has no column "{text_field}"; its columns are: '
-                        f"{', '.join(table.column_names)}. Name the one with the text"
+                        f"{', '.join(table.column_names)}. Name the one with the text by --text-field"
                     )
 
     def fingerprint(self) -> str:

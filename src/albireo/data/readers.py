@@ -142,7 +142,9 @@ def record_text(record: object, text_field: str, where: str) -> str:
         raise DataError(f'{where} holds {_kind(record)}; expected an object such as {{"{text_field}": "..."}}')
     if text_field not in record:
         fields = ", ".join(sorted(map(str, record))) or "none"
-        raise DataError(f'{where} has no field "{text_field}"; its fields are: {fields}. Name the one with the text')
+        raise DataError(
+            f'{where} has no field "{text_field}"; its fields are: {fields}. Name the one with the text by --text-field'
+        )
     text = record[text_field]
     if not isinstance(text, str):
         raise DataError(f'field "{text_field}" of {where} is {_kind(text)}; expected a string')

@@ -164,5 +164,5 @@ def _refusing(folder: Path) -> Iterator[None]:
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise DataError(
             f"the cache folder {folder} cannot be written ({reason}); "
-            f"name another one in the environment variable ALBIREO_CACHE"
+            f"name another by --cache or the environment variable ALBIREO_CACHE"
         ) from error

@@ -164,7 +164,7 @@ def _through_transformers(where: str | Path, name: str, *, local: bool) -> TextT
     if tokenizer.get_vocab_size(with_added_tokens=True) < _SMALLEST_PLAUSIBLE:
         raise ModelError(
             f"{name} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt; "
-            f"name another tokenizer, or let one be trained on the data"
+            f"name another by --tokenizer, or let one be trained on the data"
         )
     special = SpecialTokens(**{role: _content(getattr(loaded, f"{role}_token", None)) for role in _ROLES})
     return TextTokenizer(tokenizer, special, name)

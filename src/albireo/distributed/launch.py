@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -66,7 +67,12 @@ def loopback_environment() -> dict[str, str]:
 
 
 def launch_ranks(
-    entry: str, payload: Mapping[str, Any], world_size: int, *, extra_environment: Mapping[str, str] | None = None
+    entry: str,
+    payload: Mapping[str, Any],
+    world_size: int,
+    *,
+    extra_environment: Mapping[str, str] | None = None,
+    timeout_seconds: float = math.inf,
 ) -> None:
     """Run a function on several new ranks of this machine, and wait for all.
 
@@ -75,10 +81,11 @@ def launch_ranks(
         payload: JSON values for it.
         world_size: how many ranks.
         extra_environment: variables for the ranks beside those of this process.
+        timeout_seconds: when to end them all.
 
     Raises:
         AlbireoError: what the first rank to fail raised, if it said so.
-        LaunchError: a rank ended without saying why.
+        LaunchError: a rank ended without saying why, or the time was up.
     """
     with tempfile.TemporaryDirectory(prefix="albireo-ranks-") as name:
         folder = Path(name)
@@ -96,16 +103,17 @@ def launch_ranks(
         ]
         try:
             with _signals_passed_on(ranks):
-                failed = _wait(ranks)
+                failed = _wait(ranks, timeout_seconds)
         finally:
             _end(ranks)
         if failed is not None:
             raise _reason(folder, failed, ranks[failed].returncode)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+def _wait(ranks: list[subprocess.Popen[bytes]], timeout_seconds: float) -> int | None:
     """Return the first rank that failed, or None when all are done."""
-    while True:
+    end = time.monotonic() + timeout_seconds
+    while time.monotonic() < end:
         codes = [rank.poll() for rank in ranks]
         failed = next((rank for rank, code in enumerate(codes) if code not in (None, 0)), None)
         if failed is not None:
@@ -116,6 +124,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
         if all(code == 0 for code in codes):
             return None
         time.sleep(_POLL_SECONDS)
+    raise LaunchError(f"the ranks did not end within {timeout_seconds:g} s")
 
 
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:

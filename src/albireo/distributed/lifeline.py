@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from types import FrameType
+from typing import NoReturn
 
 __all__ = ["run_tied", "tie_to_launcher", "watch_over"]
 
@@ -38,21 +39,20 @@ def tie_to_launcher(launcher_pid: int) -> None:
         os._exit(1)
 
 
-def run_tied(launcher_pid: int, command: Sequence[str]) -> int:
-    """Run a command that dies with the launcher.
+def run_tied(launcher_pid: int, command: Sequence[str]) -> NoReturn:
+    """Run a command that dies with the launcher, and end as it does.
+
+    On Linux this process becomes the command: what the kernel was asked for outlives that.
 
     Args:
         launcher_pid: the process that started this one.
         command: the program, with its path, and its arguments.
-
-    Returns:
-        The command's exit code. On Linux this process becomes the command, and never returns: what the kernel was asked
-        for outlives that.
     """
     if sys.platform.startswith("linux"):
         tie_to_launcher(launcher_pid)
-        os.execv(command[0], list(command))
-    return watch_over(launcher_pid, command)
+        os.execv(command[0], list(command))  # noqa: S606  the command is the launcher's own
+    else:
+        sys.exit(watch_over(launcher_pid, command))
 
 
 def watch_over(launcher_pid: int, command: Sequence[str]) -> int:
@@ -97,4 +97,4 @@ def _watch(launcher_pid: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tied(int(sys.argv[1]), sys.argv[2:]))
+    run_tied(int(sys.argv[1]), sys.argv[2:])

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from albireo.device import select_device
+from albireo.distributed.host_collectives import run_settled, wait_for_all
 from albireo.errors import LaunchError
 
 __all__ = ["World", "current_world", "join_world", "leave_world"]
@@ -45,8 +47,7 @@ class World:
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self.world_size > 1:
-            # A tensor on the host goes through gloo, which a barrier of NCCL would not: no kernel is launched.
-            dist.all_reduce(torch.zeros(1))
+            wait_for_all()
 
     def sum_in_place(self, values: torch.Tensor) -> torch.Tensor:
         """Add a tensor over all ranks, in place.
@@ -58,7 +59,7 @@ class World:
             The same tensor.
         """
         if self.world_size > 1:
-            dist.all_reduce(values)
+            run_settled(dist.all_reduce, values)
         return values
 
     def share_from_main(self, value: Any) -> Any:
@@ -71,11 +72,11 @@ class World:
             return value
         body = json.dumps(value).encode() if self.is_main else b""
         length = torch.tensor([len(body)], dtype=torch.int64)
-        dist.broadcast(length, src=0)
+        run_settled(partial(dist.broadcast, src=0), length)
         buffer = torch.zeros(int(length[0]), dtype=torch.uint8)
         if self.is_main:
             buffer.copy_(torch.frombuffer(bytearray(body), dtype=torch.uint8))
-        dist.broadcast(buffer, src=0)
+        run_settled(partial(dist.broadcast, src=0), buffer)
         return json.loads(bytes(buffer.tolist()))
 
     def gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
@@ -88,35 +89,61 @@ class World:
         if self.world_size == 1:
             return [mine.tolist()]
         parts = [torch.zeros_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(parts, mine)
+        run_settled(lambda own, *others: dist.all_gather(list(others), own), mine, *parts)
         return [part.tolist() for part in parts]
 
 
-def join_world(*, store_path: Path | None = None, single: bool = False) -> World:
+def join_world(
+    *,
+    store_path: Path | None = None,
+    single: bool = False,
+    ranks: tuple[int, int, int] | None = None,
+    address: str | None = None,
+    backend: str | None = None,
+    always_group: bool = False,
+) -> World:
     """Find the other ranks and return the world.
 
     The ranks' numbers come from the environment that a launcher sets (RANK, WORLD_SIZE, LOCAL_RANK). Without one, or
-    with one rank only, there is no process group at all.
+    with one rank only, there is no process group at all unless one is asked for.
 
     Args:
-        store_path: a file over which the ranks of one machine find each other; without it they meet where
-            MASTER_ADDR and MASTER_PORT say.
+        store_path: a file over which the ranks of one machine find each other.
         single: this process is alone, whatever the environment says.
+        ranks: rank, world size and local rank, instead of those of the environment.
+        address: where the ranks meet, as `tcp://HOST:PORT`; without it and `store_path` they meet where MASTER_ADDR and
+            MASTER_PORT say.
+        backend: "nccl" or "gloo" for tensors on a GPU; nccl if None.
+        always_group: a single rank has a process group too.
 
     Raises:
-        LaunchError: the environment's numbers make no sense, or the ranks did not find each other.
+        LaunchError: the environment's numbers make no sense, there is no GPU for this rank, or the ranks did not find
+            each other.
     """
-    rank, world_size, local_rank = (0, 1, 0) if single else _ranks_from_environment()
+    if ranks is None:
+        ranks = (0, 1, 0) if single else _ranks_from_environment()
+    rank, world_size, local_rank = ranks
+    if not 0 <= rank < world_size:
+        raise LaunchError(f"rank {rank} does not lie below the world size {world_size}")
+    if torch.cuda.is_available() and local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"local rank {local_rank} has no GPU of its own, since this machine has {torch.cuda.device_count()}: start "
+            "no more ranks on a machine than it has GPUs"
+        )
     device = select_device(local_rank)
     world = World(rank, world_size, local_rank, device)
-    if world_size == 1:
+    if world_size == 1 and not always_group:
         return world
     # Host tensors go through gloo on every machine: barriers, shared JSON and counts launch nothing on the device.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    options: dict[str, Any] = {"backend": backend, "timeout": _TIMEOUT, "rank": rank, "world_size": world_size}
-    if store_path is not None:
+    over = f"cpu:gloo,cuda:{backend or 'nccl'}" if device.type == "cuda" else "gloo"
+    options: dict[str, Any] = {"backend": over, "timeout": _TIMEOUT, "rank": rank, "world_size": world_size}
+    if world_size == 1:
+        options["store"] = dist.HashStore()  # type: ignore[attr-defined]
+    elif store_path is not None:
         options["store"] = dist.FileStore(str(store_path), world_size)  # type: ignore[attr-defined]
-    if device.type == "cuda":
+    elif address is not None:
+        options["init_method"] = address
+    if device.type == "cuda" and world_size > 1 and backend != "gloo":
         options["device_id"] = device
     try:
         dist.init_process_group(**options)
@@ -125,18 +152,37 @@ def join_world(*, store_path: Path | None = None, single: bool = False) -> World
     return world
 
 
-def leave_world() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def leave_world(*, failed: bool = False) -> None:
+    """Leave the process group, if there is one.
+
+    Args:
+        failed: the other ranks may never come to leave too, so they are not waited for.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if failed and dist.group.WORLD is not None:
+        dist.group.WORLD.abort()
+    dist.destroy_process_group()
 
 
 def current_world() -> World:
-    """Return the world of the process group that this process has joined, or a world of one."""
+    """Return the world of the process group that this process has joined, or a world of one.
+
+    Raises:
+        LaunchError: the group that was joined cannot send tensors of the host.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return World(0, 1, 0, select_device(0))
-    local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, select_device(local_rank))
+    if "gloo" not in dist.get_backend_config() and dist.get_world_size() > 1:
+        raise LaunchError(
+            f"the process group speaks over {dist.get_backend_config()} alone, and counts and barriers are tensors on "
+            "the host: join by albireo.launch_from_torch(), or by init_process_group without a backend"
+        )
+    rank = dist.get_rank()
+    # Whoever joined has made a GPU the current one; on a CPU without a launcher, nothing tells of other machines.
+    default = torch.cuda.current_device() if torch.cuda.is_available() else rank
+    local_rank = int(os.environ.get("LOCAL_RANK", default))
+    return World(rank, dist.get_world_size(), local_rank, select_device(local_rank))
 
 
 def _ranks_from_environment() -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from albireo.models.families import FAMILIES, count_parameters, family_of
 from albireo.models.family import Family, Size
 from albireo.models.initialise import InitialValues, initial_values, initialise, initialise_module
 from albireo.models.opt import OPT
-from albireo.models.pretrained import load_weights, weight_files
+from albireo.models.pretrained import check_weights, load_weights, weight_files
 from albireo.models.vocabulary import Init, Vocabulary, reconcile_vocabulary
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Size",
     "Vocabulary",
     "build_model",
+    "check_weights",
     "compile_blocks",
     "configure_model",
     "count_parameters",

@@ -19,9 +19,9 @@ from albireo.errors import ModelError
 from albireo.models.family import Family
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["load_weights", "weight_files"]
+__all__ = ["check_weights", "load_weights", "weight_files"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -94,6 +94,20 @@ def load_weights(model: PreTrainedModel, folder: Path, family: Family) -> None:
                             f"{file} holds other values for {name} than for {filled[target]}, which config.json says "
                             "are one: set tie_word_embeddings to false in it, or take the right file"
                         )
+
+
+def check_weights(folder: Path, family: Family, config: PreTrainedConfig) -> None:
+    """Compare a folder's weights with a configuration by names, shapes and types, without reading a number.
+
+    Args:
+        folder: a Hugging Face folder.
+        family: the model's.
+        config: the model's configuration.
+
+    Raises:
+        ModelError: as `load_weights` would.
+    """
+    _check(weight_files(folder), family.make_model(config).state_dict(keep_vars=True), family)
 
 
 def _check(files: list[Path], targets: Mapping[str, Tensor], family: Family) -> dict[str, tuple[Path, str]]:

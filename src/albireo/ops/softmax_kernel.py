@@ -62,6 +62,6 @@ def loss_and_gradient(logits: Tensor, labels: Tensor, keep: Tensor, gradient: Te
             gradient.stride(0),
             scale,
             BLOCK=block,
-            num_warps=16 if block >= 4096 else 4,
+            num_warps=32 if block >= 8192 else 8,
         )
     return losses

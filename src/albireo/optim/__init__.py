@@ -1,6 +1,7 @@
 """What turns gradients into new weights: groups, AdamW, the norm, the loss scale, the schedule, and their states."""
 
-from albireo.optim.adam import adamw
+from albireo.optim.adam import HybridAdam, adamw
+from albireo.optim.group_state import complete_names, named_groups, restore_named_groups
 from albireo.optim.groups import decay_groups
 from albireo.optim.norm import clip_by_norm, global_norm
 from albireo.optim.schedule import learning_rate_factor, scheduler_for, set_scheduler_step, warmup_steps_of
@@ -8,14 +9,18 @@ from albireo.optim.state import named_state, restore_named_state
 from albireo.optim.wrapper import OptimizerWrapper, ScaledOptimizer
 
 __all__ = [
+    "HybridAdam",
     "OptimizerWrapper",
     "ScaledOptimizer",
     "adamw",
     "clip_by_norm",
+    "complete_names",
     "decay_groups",
     "global_norm",
     "learning_rate_factor",
+    "named_groups",
     "named_state",
+    "restore_named_groups",
     "restore_named_state",
     "scheduler_for",
     "set_scheduler_step",

@@ -23,15 +23,16 @@ def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
     tensors = list(gradients)
     if not tensors:
         return torch.zeros(())
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     if tensors[0].is_cuda:
-        norms = list(torch._foreach_norm(tensors, 2.0, dtype=torch.float32))  # noqa: SLF001  as torch.nn.utils does
+        norms = list(torch._foreach_norm(tensors, 2.0, dtype=dtype))  # noqa: SLF001  as torch.nn.utils does
     else:
-        norms = [part for tensor in tensors for part in _host_norms(tensor)]
+        norms = [part for tensor in tensors for part in _host_norms(tensor, dtype)]
     total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).double())
     return total.float()
 
 
-def _host_norms(tensor: torch.Tensor) -> list[torch.Tensor]:
+def _host_norms(tensor: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     """Return norms of parts of a host tensor, which together have its norm.
 
     On a CPU torch adds up a whole tensor in one fp32 sum a lane: 40 million equal elements come out 2% short. Sums of
@@ -39,9 +40,9 @@ def _host_norms(tensor: torch.Tensor) -> list[torch.Tensor]:
     """
     flat = tensor.reshape(-1)
     whole = flat.numel() // _BLOCK * _BLOCK
-    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1, dtype=torch.float32)
-    rest = torch.linalg.vector_norm(flat[whole:], dtype=torch.float32)
-    return [torch.linalg.vector_norm(blocks.double()).float(), rest]
+    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1, dtype=dtype)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=dtype)
+    return [torch.linalg.vector_norm(blocks.double()).to(dtype), rest]
 
 
 def clip_by_norm(gradients: Sequence[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:

@@ -16,7 +16,8 @@ def warmup_steps_of(warmup: float, steps: int) -> int:
         warmup: a share of all steps if below 1, else a number of steps.
         steps: all steps.
     """
-    return math.ceil(warmup * steps) if warmup < 1 else int(warmup)
+    # Rounded first: 0.07 of 100 steps is 7.000000000000001 in binary, which is no reason for an eighth.
+    return math.ceil(round(warmup * steps, 6)) if warmup < 1 else int(warmup)
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup_steps: int, schedule: str) -> float:

@@ -1,7 +1,7 @@
 """One file a plugin: each chooses mechanisms and wires them, and holds no algorithm of its own."""
 
-from albireo.plugins.base import ModelWrapper, Plugin
+from albireo.plugins.base import Criterion, ModelWrapper, Plugin
 from albireo.plugins.catalog import PLUGINS, make_plugin
 from albireo.plugins.torch_ddp import TorchDDPPlugin
 
-__all__ = ["PLUGINS", "ModelWrapper", "Plugin", "TorchDDPPlugin", "make_plugin"]
+__all__ = ["PLUGINS", "Criterion", "ModelWrapper", "Plugin", "TorchDDPPlugin", "make_plugin"]

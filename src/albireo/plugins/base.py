@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
-from albireo.checkpoint import Checkpoint, TensorSlice
-from albireo.distributed import World
+from albireo.checkpoint import TensorSlice, TensorSource
+from albireo.data import EpochSampler
+from albireo.distributed import World, current_world
+from albireo.errors import ConfigError
 from albireo.optim import OptimizerWrapper
 
-__all__ = ["ModelWrapper", "Plugin"]
+__all__ = ["Criterion", "ModelWrapper", "Plugin"]
+
+Criterion = Callable[..., torch.Tensor]
 
 
 class ModelWrapper(nn.Module):
@@ -24,7 +29,15 @@ class ModelWrapper(nn.Module):
         module: what the plugin made of the user's model.
         original: the user's model.
         evaluation_module: what to call where nothing is trained, such as the module without its gradients' reducer.
+
+    Attributes:
+        module: what the plugin made of the user's model.
+        criterion: the user's, which computes the loss of a training step from outputs and labels, if the model does not.
+        loss_function: the criterion in the plugin's precision.
     """
+
+    criterion: Criterion | None
+    loss_function: Criterion | None
 
     def __init__(self, module: nn.Module, original: nn.Module, *, evaluation_module: nn.Module | None = None) -> None:
         super().__init__()
@@ -32,10 +45,17 @@ class ModelWrapper(nn.Module):
         # Kept out of the registry of submodules: its parameters are the same, and must not count twice.
         object.__setattr__(self, "_original", original)
         object.__setattr__(self, "_evaluation_module", module if evaluation_module is None else evaluation_module)
+        self.use_criterion(None, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
         return self.module(*args, **kwargs)
+
+    def use_criterion(self, criterion: Criterion | None, loss_function: Criterion | None) -> None:
+        """Set what computes the loss of a training step."""
+        # Not submodules: weights of classes, or a teacher, are no part of the model.
+        object.__setattr__(self, "criterion", criterion)
+        object.__setattr__(self, "loss_function", loss_function)
 
     @property
     def evaluation_module(self) -> nn.Module:
@@ -69,7 +89,130 @@ class Plugin(ABC):
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """Return a context in which backward adds to local gradients and sends nothing."""
 
+    def configure_criterion(self, criterion: Criterion, world: World) -> Criterion:
+        """Return a criterion that computes in the plugin's precision.
+
+        Args:
+            criterion: the user's, on the world's device.
+            world: the ranks.
+        """
+        return criterion
+
+    def choose_precision(self, precision: str) -> None:
+        """Take over a precision that the facade was given.
+
+        Args:
+            precision: "fp32", "fp16" or "bf16".
+
+        Raises:
+            ConfigError: the plugin has another one.
+        """
+        if precision != self.precision:
+            raise ConfigError(
+                f"mixed_precision={precision!r} does not go together with {type(self).__name__}'s precision "
+                f"{self.precision!r}: give one of them"
+            )
+
+    def prepare_dataloader(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 1024,
+        drop_last: bool = False,
+        pin_memory: bool = False,
+        num_workers: int = 0,
+        distributed_sampler_cls: type[DistributedSampler[Any]] | None = None,
+        **kwargs: Any,
+    ) -> DataLoader[Any]:
+        """Return a loader of this rank's share of a data set.
+
+        Order and workers depend on the seed alone (workers on the rank too); the global random state is neither read
+        nor moved. Each pass is a new epoch; `loader.sampler.set_epoch(n)` says which.
+
+        Args:
+            dataset: with a length; a sample is by its index.
+            batch_size: samples in a batch of one rank.
+            shuffle: another order in every epoch.
+            seed: which orders.
+            drop_last: leave out what makes no whole batch on every rank.
+            pin_memory: put batches into page-locked host memory, where there is a GPU.
+            num_workers: processes that read ahead; 0 reads in this one.
+            distributed_sampler_cls: a class to be made as torch's DistributedSampler is, instead of `EpochSampler`.
+            kwargs: more arguments of torch's DataLoader.
+
+        Raises:
+            ConfigError: the data set is an iterable one, or a sampler is given.
+        """
+        given = sorted({"sampler", "batch_sampler"} & set(kwargs))
+        if given:
+            raise ConfigError(
+                f"prepare_dataloader makes the sampler: give distributed_sampler_cls instead of {given[0]}, or make a "
+                "torch DataLoader of your own"
+            )
+        if isinstance(dataset, IterableDataset):
+            raise ConfigError(
+                "an IterableDataset decides itself what a rank sees: give it to torch's DataLoader, and take every "
+                "world_size-th sample by DistCoordinator().rank in it"
+            )
+        world = current_world()
+        make_sampler = distributed_sampler_cls or EpochSampler
+        sampler = make_sampler(dataset, world.world_size, world.rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        # Workers draw their seeds from it: other ones on each rank, and none from the global generator.
+        generator = torch.Generator().manual_seed((seed + 2**32 * (1 + world.rank)) % 2**63)
+        options = {"generator": generator, **kwargs}
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            num_workers=num_workers,
+            **options,
+        )
+
     @abstractmethod
+    def export_model(
+        self, model: ModelWrapper, names: Mapping[torch.Tensor, str], world: World
+    ) -> Iterable[TensorSlice]:
+        """Yield this rank's part of all weights, as `model/NAME`.
+
+        Args:
+            model: the wrapped model.
+            names: parameters and buffers to their names in the model's own family; a tied one has one name.
+            world: the ranks.
+        """
+
+    @abstractmethod
+    def export_optimizer(
+        self, optimizer: OptimizerWrapper, names: Mapping[torch.nn.Parameter, str], world: World
+    ) -> Iterable[TensorSlice]:
+        """Yield this rank's part of all of the optimizer's states, as `optimizer/STATE/NAME`.
+
+        Args:
+            optimizer: the wrapped optimizer.
+            names: its parameters' names.
+            world: the ranks.
+        """
+
+    @abstractmethod
+    def import_model(self, model: ModelWrapper, names: Mapping[torch.Tensor, str], source: TensorSource) -> None:
+        """Fill weights; the arguments are those of `export_model`, and where `model/NAME` can be read.
+
+        Raises:
+            CheckpointError: the source has not just these names, or a tensor does not fit.
+        """
+
+    @abstractmethod
+    def import_optimizer(
+        self, optimizer: OptimizerWrapper, names: Mapping[torch.nn.Parameter, str], source: TensorSource
+    ) -> None:
+        """Fill states; the arguments are those of `export_optimizer`, and where `optimizer/STATE/NAME` can be read.
+
+        Raises:
+            CheckpointError: a state is missing or too many, or does not fit.
+        """
+
     def export_state(
         self, model: ModelWrapper, optimizer: OptimizerWrapper | None, names: Mapping[torch.Tensor, str], world: World
     ) -> Iterable[TensorSlice]:
@@ -81,13 +224,22 @@ class Plugin(ABC):
             names: parameters and buffers to their names in the model's own family; a tied one has one name.
             world: the ranks.
         """
+        yield from self.export_model(model, names, world)
+        if optimizer is not None:
+            yield from self.export_optimizer(optimizer, _parameters(names), world)
 
-    @abstractmethod
     def import_state(
         self,
         model: ModelWrapper,
         optimizer: OptimizerWrapper | None,
         names: Mapping[torch.Tensor, str],
-        checkpoint: Checkpoint,
+        source: TensorSource,
     ) -> None:
-        """Fill weights and states from a checkpoint; the arguments are those of `export_state`."""
+        """Fill weights and states; the arguments are those of `export_state`, and where to read from."""
+        self.import_model(model, names, source)
+        if optimizer is not None:
+            self.import_optimizer(optimizer, _parameters(names), source)
+
+
+def _parameters(names: Mapping[torch.Tensor, str]) -> dict[nn.Parameter, str]:
+    return {tensor: name for tensor, name in names.items() if isinstance(tensor, nn.Parameter)}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from albireo.checkpoint import Checkpoint, TensorSlice, whole
+from albireo.checkpoint import TensorSlice, TensorSource, whole
 from albireo.distributed import World
 from albireo.errors import CheckpointError, ConfigError
 from albireo.optim import OptimizerWrapper, ScaledOptimizer, named_state, restore_named_state
-from albireo.plugins.base import ModelWrapper, Plugin
+from albireo.plugins.base import Criterion, ModelWrapper, Plugin
 
 __all__ = ["TorchDDPPlugin"]
 
@@ -21,15 +22,15 @@ _AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class _Autocast(nn.Module):
-    """Calls a module under autocast."""
+    """Calls a module, or a function, under autocast."""
 
-    def __init__(self, module: nn.Module, device_type: str, dtype: torch.dtype) -> None:
+    def __init__(self, module: Callable[..., Any], device_type: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.module = module
         self._device_type = device_type
         self._dtype = dtype
 
-    def forward(self, *args: object, **kwargs: object) -> object:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self._device_type, dtype=self._dtype):
             return self.module(*args, **kwargs)
 
@@ -40,7 +41,7 @@ class TorchDDPPlugin(Plugin):
     On one rank nothing is wrapped for communication at all.
 
     Args:
-        precision: "fp32", "fp16" (with a dynamic loss scale) or "bf16".
+        precision: "fp32", "fp16" (with a dynamic loss scale) or "bf16"; None: that of the facade, or else fp32.
         broadcast_buffers: send the main rank's buffers before each forward.
         bucket_cap_mb: size of a bucket of gradients in MB (2**20 bytes).
         find_unused_parameters: look for parameters that a forward did not use.
@@ -56,23 +57,23 @@ class TorchDDPPlugin(Plugin):
     def __init__(
         self,
         *,
-        precision: str = "fp32",
+        precision: str | None = None,
         broadcast_buffers: bool = True,
         bucket_cap_mb: int = 25,
         find_unused_parameters: bool = False,
         gradient_as_bucket_view: bool = True,
         static_graph: bool = False,
     ) -> None:
-        if precision not in _AUTOCAST:
-            raise ConfigError(f"precision is one of {', '.join(_AUTOCAST)}, not {precision!r}")
-        self.precision = precision
-        self._ddp_options = {
-            "broadcast_buffers": broadcast_buffers,
+        self._precision_given = precision is not None
+        self.precision = _check_precision("fp32" if precision is None else precision)
+        self._ddp_options: dict[str, int] = {
             "bucket_cap_mb": bucket_cap_mb,
             "find_unused_parameters": find_unused_parameters,
             "gradient_as_bucket_view": gradient_as_bucket_view,
             "static_graph": static_graph,
         }
+        if not broadcast_buffers:  # torch 2.13 warns of this name even if it is given the default
+            self._ddp_options["broadcast_buffers"] = False
 
     def configure(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
@@ -83,7 +84,8 @@ class TorchDDPPlugin(Plugin):
         if dtype is not None:
             module = _Autocast(module, world.device.type, dtype)
         alone = module
-        if world.world_size > 1:
+        # torch refuses a model of which nothing is trained, such as one that is only to be evaluated.
+        if world.world_size > 1 and any(parameter.requires_grad for parameter in model.parameters()):
             device_ids = [world.device] if world.device.type == "cuda" else None
             module = DistributedDataParallel(module, device_ids=device_ids, **self._ddp_options)  # type: ignore[arg-type]
         wrapped = None
@@ -91,6 +93,18 @@ class TorchDDPPlugin(Plugin):
             scaled = self.precision == "fp16"
             wrapped = ScaledOptimizer(optimizer, world.device) if scaled else OptimizerWrapper(optimizer)
         return ModelWrapper(module, model, evaluation_module=alone), wrapped
+
+    def configure_criterion(self, criterion: Criterion, world: World) -> Criterion:
+        """See the base class."""
+        dtype = _AUTOCAST[self.precision]
+        return criterion if dtype is None else _Autocast(criterion, world.device.type, dtype)
+
+    def choose_precision(self, precision: str) -> None:
+        """See the base class."""
+        _check_precision(precision)
+        if self._precision_given:
+            super().choose_precision(precision)
+        self.precision, self._precision_given = precision, True
 
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class."""
@@ -101,45 +115,44 @@ class TorchDDPPlugin(Plugin):
             return model.module.no_sync()
         return nullcontext()
 
-    def export_state(
-        self, model: ModelWrapper, optimizer: OptimizerWrapper | None, names: Mapping[torch.Tensor, str], world: World
+    def export_model(
+        self, model: ModelWrapper, names: Mapping[torch.Tensor, str], world: World
     ) -> Iterable[TensorSlice]:
         """See the base class: every rank holds the same, so the main rank alone exports."""
-        if not world.is_main:
-            return
-        for tensor, name in names.items():
+        for tensor, name in names.items() if world.is_main else ():
             yield whole(f"model/{name}", tensor)
-        if optimizer is not None:
-            for name, tensor in named_state(optimizer.unwrap(), _parameters(names)).items():
-                yield whole(f"optimizer/{name}", tensor)
 
-    def import_state(
-        self,
-        model: ModelWrapper,
-        optimizer: OptimizerWrapper | None,
-        names: Mapping[torch.Tensor, str],
-        checkpoint: Checkpoint,
-    ) -> None:
+    def export_optimizer(
+        self, optimizer: OptimizerWrapper, names: Mapping[nn.Parameter, str], world: World
+    ) -> Iterable[TensorSlice]:
+        """See the base class: every rank holds the same, so the main rank alone exports."""
+        for name, tensor in named_state(optimizer.unwrap(), names).items() if world.is_main else ():
+            yield whole(f"optimizer/{name}", tensor)
+
+    def import_model(self, model: ModelWrapper, names: Mapping[torch.Tensor, str], source: TensorSource) -> None:
         """See the base class."""
-        saved = set(checkpoint.names("model/")) - set(checkpoint.aliases)
+        saved = set(source.names("model/")) - set(source.aliases)
         wanted = {f"model/{name}" for name in names.values()}
         for missing in sorted(wanted - saved):
-            raise CheckpointError(f"{checkpoint.path} has no {missing}: it belongs to another model")
+            raise CheckpointError(f"{source.path} has no {missing}: it belongs to another model")
         for unknown in sorted(saved - wanted):
-            raise CheckpointError(f"{checkpoint.path} has {unknown}, which this model has not: it belongs to another")
+            raise CheckpointError(f"{source.path} has {unknown}, which this model has not: it belongs to another")
         with torch.no_grad():
             for tensor, name in names.items():
-                checkpoint.read_into(f"model/{name}", tensor)
-        if optimizer is not None:
-            prefix = "optimizer/"
-            states = {name.removeprefix(prefix): checkpoint.info(name) for name in checkpoint.names(prefix)}
-            restore_named_state(
-                optimizer.unwrap(),
-                _parameters(names),
-                states,
-                lambda name, tensor: checkpoint.read_into(prefix + name, tensor),
-            )
+                source.read_into(f"model/{name}", tensor)
+
+    def import_optimizer(
+        self, optimizer: OptimizerWrapper, names: Mapping[nn.Parameter, str], source: TensorSource
+    ) -> None:
+        """See the base class."""
+        prefix = "optimizer/"
+        states = {name.removeprefix(prefix): source.info(name) for name in source.names(prefix)}
+        restore_named_state(
+            optimizer.unwrap(), names, states, lambda name, tensor: source.read_into(prefix + name, tensor)
+        )
 
 
-def _parameters(names: Mapping[torch.Tensor, str]) -> dict[nn.Parameter, str]:
-    return {tensor: name for tensor, name in names.items() if isinstance(tensor, nn.Parameter)}
+def _check_precision(precision: str) -> str:
+    if precision not in _AUTOCAST:
+        raise ConfigError(f"precision is one of {', '.join(_AUTOCAST)}, not {precision!r}")
+    return precision

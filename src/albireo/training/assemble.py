@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from transformers import PreTrainedModel
 
 from albireo.booster import Booster
 from albireo.checkpoint import Checkpoint, newest_whole, open_checkpoint, tidy
@@ -15,15 +16,15 @@ from albireo.config import RunConfig, config_to_mapping
 from albireo.data import BatchLayout, steps_for
 from albireo.device import apply_device_cap, describe_device, device_total_bytes, read_host_memory, seed_everything
 from albireo.distributed import World
-from albireo.errors import ConfigError
+from albireo.errors import CheckpointError, ConfigError
 from albireo.files import FileOperations
-from albireo.models import compile_blocks, enable_activation_checkpointing
+from albireo.models import Family, compile_blocks, enable_activation_checkpointing
 from albireo.ops import default_piece_rows
 from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
 from albireo.plugins import make_plugin
 from albireo.training.causal_lm import CausalLanguageModel
 from albireo.training.language_model import LanguageModelPlan, plan_language_model
-from albireo.training.memory_needs import check_states_fit
+from albireo.training.memory_needs import check_states_fit, explain_out_of_memory_at_start, is_out_of_memory
 from albireo.training.metrics import MetricsWriter, cut_after
 from albireo.training.progress import Progress
 from albireo.training.recorder import Recorder
@@ -52,6 +53,7 @@ def open_session(
         AlbireoError: something the user can mend.
     """
     files = files if files is not None else FileOperations()
+    _check_nothing_is_open(config)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(enabled=world.is_main))
         if world.is_main:
@@ -73,8 +75,19 @@ def open_session(
         config, steps = _with_lengths(config, len(data.train), layout.samples_per_step)
         for line in data.lines:
             progress.message(line)
-        state = _build_state(config, world, planned, data, steps, progress)
-        position = _resume(folder, state, world, progress, files)
+        try:
+            state = _build_state(config, world, planned, data, steps, progress)
+            position = _resume(folder, state, world, progress, files)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            where = describe_device(world.device)
+            raise explain_out_of_memory_at_start(planned.parameters, config, where=where) from error
+        if position.step > steps:
+            raise ConfigError(
+                f"the run in {folder.path} has done {position.step} steps and cannot end at {steps}: give more --steps "
+                "or --epochs, or begin a new run with another --output"
+            )
         if world.is_main:
             cut_after(folder.metrics_path, position.step if position.step > 0 else -1, files)
             folder.write_config(config_to_mapping(config))
@@ -102,6 +115,20 @@ def open_session(
             )
 
 
+def _check_nothing_is_open(config: RunConfig) -> None:
+    """Refuse a configuration that `resolve` has not been over: a learning rate of None must not become one of 0."""
+    decided = {
+        "sequence_length": config.data.sequence_length,
+        "batch_size": config.optimizer.batch_size,
+        "learning_rate": config.optimizer.learning_rate,
+        "init": config.model.init,
+        "precision": config.plugin.precision,
+    }
+    for name, value in decided.items():
+        if value is None:
+            raise ConfigError(f"{name} is left open: pass the configuration through albireo.config.resolve first")
+
+
 def _check_memory(config: RunConfig, planned: LanguageModelPlan, world: World) -> None:
     """Refuse at once what cannot fit: weights, gradients and states alone are more than there is."""
     if world.device.type == "cuda":
@@ -126,7 +153,8 @@ def _with_lengths(config: RunConfig, dataset_size: int, samples_per_step: int) -
     schedule = dataclasses.replace(
         schedule,
         steps=steps,
-        epochs=steps * samples_per_step / dataset_size if schedule.steps else schedule.epochs,
+        # Written down for people. No more than the option allows: a resumed run reads it back.
+        epochs=min(steps * samples_per_step / dataset_size, 1e6) if schedule.steps else schedule.epochs,
         eval_every=fifth if schedule.eval_every is None else schedule.eval_every,
         save_every=fifth if schedule.save_every is None else schedule.save_every,
     )
@@ -142,11 +170,7 @@ def _build_state(
     for line in lines:
         progress.message(line)
     names, aliases = tensor_names(pretrained)
-    if config.model.checkpointing:
-        enable_activation_checkpointing(pretrained, preserve_rng_state=config.model.dropout > 0)
-    if config.plugin.compile:
-        blocks = compile_blocks(pretrained, planned.family)
-        progress.message(f"compiling  {blocks} blocks, once for all: the first step takes longer")
+    _prepare_blocks(pretrained, planned.family, config, progress)
     model = CausalLanguageModel(pretrained, planned.family)
     model.train()
     groups = decay_groups(pretrained.named_parameters(), config.optimizer.weight_decay)
@@ -158,12 +182,20 @@ def _build_state(
         warmup_steps=warmup_steps_of(schedule.warmup, steps),
         schedule=schedule.schedule,
     )
-    booster = Booster(make_plugin(config.plugin), world)
-    boosted, wrapped = booster.boost(model, optimizer)
-    if wrapped is None:
-        raise TypeError("a plugin must wrap the optimizer it is given")
+    booster = Booster(plugin=make_plugin(config.plugin), world=world)
+    boosted, wrapped, *_ = booster.boost(model, optimizer)
     identity = {"data": data.fingerprint, "recipe": config.recipe}
     return RunState(booster, boosted, wrapped, scheduler, names, aliases, identity)
+
+
+def _prepare_blocks(model: PreTrainedModel, family: Family, config: RunConfig, progress: Progress) -> None:
+    """Turn on activation checkpointing and compilation, as far as they are asked for."""
+    checkpointing, dropout = config.model.checkpointing, config.model.dropout > 0
+    if config.plugin.compile:
+        blocks = compile_blocks(model, family, checkpointing=checkpointing, preserve_rng_state=dropout)
+        progress.message(f"compiling  {blocks} blocks, once for all: the first step takes longer")
+    elif checkpointing:
+        enable_activation_checkpointing(model, preserve_rng_state=dropout)
 
 
 def _resume(folder: RunFolder, state: RunState, world: World, progress: Progress, files: FileOperations) -> Position:
@@ -174,6 +206,11 @@ def _resume(folder: RunFolder, state: RunState, world: World, progress: Progress
         found, damaged = newest_whole(folder.checkpoints_path)
         for line in damaged:
             progress.message(f"warning: {line}")
+        if found is None and damaged:
+            # Beginning anew here would throw away the rows and whatever can still be saved by hand.
+            raise CheckpointError(
+                f"no checkpoint in {folder.checkpoints_path} is whole: begin a new run with another --output"
+            )
     name = world.share_from_main(None if found is None else found.path.name)
     if name is None:
         return Position(0, 0)

@@ -16,6 +16,7 @@ from albireo.models import (
     ModelChoice,
     Vocabulary,
     build_model,
+    check_weights,
     configure_model,
     fetch_model,
     resolve_model,
@@ -87,11 +88,13 @@ def plan_language_model(config: RunConfig) -> LanguageModelPlan:
         parameters = choice.family.count_parameters(model_config)
     except ModelError as error:
         raise ModelError(f"--model {choice.name}: {error}") from error
-    # Before the data: whoever is off line, or has too large a tokenizer, should not wait for it to be tokenized.
+    # Before the data: whoever is off line, or has damaged weights, should not wait for it to be tokenized.
     name = config.model.tokenizer
     if init == "pretrained":
         choice = fetch_model(choice)
         name = name or str(choice.folder)
+        if choice.folder is not None:
+            check_weights(choice.folder, choice.family, model_config)
     # Random ids come of no tokenizer, and a model's folder may have none.
     tokenizer = load_tokenizer(name) if name is not None and config.data.data != "random" else None
     configure_model(choice, init=init, vocabulary=_vocabulary(tokenizer))

@@ -38,12 +38,12 @@ def train_loop(session: Session) -> Literal["finished", "interrupted"]:
             lr_scheduler=session.scheduler,
             max_norm=session.config.optimizer.clip,
         )
-        stop_agreed = session.record(output)
-        if stop_agreed and session.step < session.steps:
-            session.save()
-            return "interrupted"
+        stopped = session.record(output) and session.step < session.steps
+        # What is due where the run is stopped is done too: the run that goes on from there begins with the next step.
         if session.due(session.config.schedule.eval_every):
             session.evaluate()
-        if session.due(session.config.schedule.save_every):
+        if stopped or session.due(session.config.schedule.save_every):
             session.save()
+        if stopped:
+            return "interrupted"
     return "finished"

@@ -7,6 +7,7 @@ import math
 import torch
 
 from albireo.booster import StepOutput
+from albireo.data import epoch_of
 from albireo.device import Moment, PeakMemory, Readback
 from albireo.distributed import World
 from albireo.training.metrics import EvalRow, MetricsWriter, TrainRow
@@ -45,7 +46,7 @@ class Recorder:
         self._dataset_size = dataset_size
         self._peaks = PeakMemory(world.device)
         self._readback = Readback(world.device, _LAG_STEPS if world.device.type == "cuda" else 0)
-        self._rates: dict[int, float] = {}
+        self._on_their_way: dict[int, tuple[int, float]] = {}
         self._mark = Moment(world.device)
         self._last_eval: EvalRow | None = None
         self.stop_agreed = False
@@ -54,19 +55,22 @@ class Recorder:
         """Count the next step's seconds from now: what came before was no step."""
         self._mark = Moment(self._world.device)
 
-    def add(self, step: int, output: StepOutput, *, learning_rate: float, stop_requested: bool) -> None:
+    def add(
+        self, step: int, output: StepOutput, *, first_sample: int, learning_rate: float, stop_requested: bool
+    ) -> None:
         """Send a step's numbers on their way, and take in those that have arrived.
 
         Args:
             step: the step's number from 1.
             output: what it left on the device.
+            first_sample: the global index of its first sample; a run may have gone on with another batch size.
             learning_rate: the rate it used.
             stop_requested: this rank was asked to stop; the request reaches every rank with the step's numbers.
         """
         own = torch.tensor([float(output.tokens), float(stop_requested)], dtype=torch.float64)
         sums = torch.cat([output.loss_sum.detach().double().reshape(1), own.to(self._world.device, non_blocking=True)])
         self._world.sum_in_place(sums)
-        self._rates[step] = learning_rate
+        self._on_their_way[step] = (first_sample, learning_rate)
         self._readback.push(step, torch.cat([sums, output.grad_norm.detach().double().reshape(1)]))
         self._take_in(everything=False)
 
@@ -104,11 +108,12 @@ class Recorder:
 
     def _keep(self, step: int, loss: float, tokens: float, norm: float, seconds: float) -> None:
         peaks = self._peaks.read()
+        first_sample, learning_rate = self._on_their_way.pop(step)
         row = TrainRow(
             step=step,
-            epoch=(step - 1) * self._samples_per_step // self._dataset_size + 1,
+            epoch=epoch_of(first_sample, self._dataset_size) + 1,
             loss=loss,
-            lr=self._rates.pop(step),
+            lr=learning_rate,
             grad_norm=norm,
             samples_per_second=self._samples_per_step / seconds,
             tokens_per_second=tokens / seconds,

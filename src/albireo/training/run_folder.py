@@ -55,6 +55,8 @@ class RunFolder:
         self.path = path
         self._is_new = is_new
         self._made_here = is_new
+        # Folders that were not there before, the innermost first.
+        self._made: list[Path] = []
         self._files = files if files is not None else FileOperations()
 
     @classmethod
@@ -77,6 +79,8 @@ class RunFolder:
             RunFolderError: `path` is a file, holds a run already, or cannot be made or written.
         """
         files = files if files is not None else FileOperations()
+        target = Path(path) if path is not None else Path("runs")
+        made = [place for place in (target, *target.parents) if not place.exists()]
         try:
             if path is None:
                 now = now if now is not None else datetime.now().astimezone()
@@ -90,6 +94,7 @@ class RunFolder:
                 raise RunFolderError(f"cannot make the run folder {wanted}: {error.filename} is a file") from error
             raise RunFolderError(f"cannot make the run folder {wanted}: {error.strerror or error}") from error
         run = cls(folder, is_new=True, files=files)
+        run._made = made if path is not None else [folder, *made]
         run._refuse_an_older_run()
         try:
             # The lock's file is needed anyway, and making it is the one honest test of whether the folder is writable.
@@ -216,7 +221,8 @@ class RunFolder:
         for path in (self.config_path, self.lock_path):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            self.path.rmdir()  # holds something of the user's: it stays
+            for folder in self._made:
+                folder.rmdir()  # one that holds something of the user's stays, and so do those above it
 
     def _refuse_an_older_run(self) -> None:
         if self.config_path.exists():

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from albireo.booster import Booster
-from albireo.checkpoint import Checkpoint, Snapshot, TensorSlice, save_checkpoint, whole
+from albireo.checkpoint import Checkpoint, Snapshot, TensorSlice, save_checkpoint, tensor_names, whole
 from albireo.device import capture_random_state, restore_random_state
 from albireo.errors import CheckpointError
 from albireo.files import FileOperations
@@ -32,29 +31,6 @@ class Position:
 
     step: int
     samples: int
-
-
-def tensor_names(model: nn.Module) -> tuple[dict[torch.Tensor, str], dict[str, str]]:
-    """Return a model's tensors with their names, and the further names of tied ones.
-
-    Args:
-        model: any module; its persistent buffers count too.
-
-    Returns:
-        Tensor to its first name, and further name to first name.
-    """
-    names: dict[torch.Tensor, str] = {}
-    aliases: dict[str, str] = {}
-    persistent = set(model.state_dict(keep_vars=True))
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in tensors:
-        if name not in persistent:
-            continue
-        if tensor in names:
-            aliases[name] = names[tensor]
-        else:
-            names[tensor] = name
-    return names, aliases
 
 
 @dataclass
@@ -125,12 +101,15 @@ class RunState:
                     f"{checkpoint.path} was made with another {key}: {saved} then, {value} now; give what it was, or "
                     "begin a new run"
                 )
+        position = Position(_number(checkpoint, "step"), _number(checkpoint, "samples"))
+        scaler = state.get("scaler")
+        if not isinstance(scaler, Mapping) or not all(isinstance(value, int | float) for value in scaler.values()):
+            raise CheckpointError(f"{checkpoint.path} holds no scaler's state: it was not made by a training run")
         self.booster.plugin.import_state(self.model, self.optimizer, self.names, checkpoint)
-        self.optimizer.load_scaler_state(state["scaler"])
-        step = int(state["scheduler"]["last_epoch"])
-        set_scheduler_step(self.scheduler, step)
+        self.optimizer.load_scaler_state(dict(scaler))
+        set_scheduler_step(self.scheduler, _number(checkpoint, "scheduler", "last_epoch"))
         self._load_random_state(checkpoint)
-        return Position(int(state["step"]), int(state["samples"]))
+        return position
 
     def _slices(self) -> Iterator[TensorSlice]:
         world = self.booster.world
@@ -148,3 +127,13 @@ class RunState:
             shape, _ = checkpoint.info(name)
             state[name.removeprefix(prefix)] = checkpoint.read(name).reshape(shape)
         restore_random_state(state, world.device)
+
+
+def _number(checkpoint: Checkpoint, *keys: str) -> int:
+    """Return a whole number of the shared state, which the checksums vouch for but not for who wrote it."""
+    value: Any = checkpoint.shared_state
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CheckpointError(f"{checkpoint.path} does not say its {'.'.join(keys)}: it was not made by a training run")
+    return value

@@ -131,8 +131,15 @@ class Session:
         Returns:
             True once all ranks know that one of them was asked to stop.
         """
-        self.position = Position(self.step + 1, self.position.samples + self.layout.samples_per_step)
-        self.recorder.add(self.step, output, learning_rate=self._rate, stop_requested=self.stop.requested)
+        first_sample = self.position.samples
+        self.position = Position(self.step + 1, first_sample + self.layout.samples_per_step)
+        self.recorder.add(
+            self.step,
+            output,
+            first_sample=first_sample,
+            learning_rate=self._rate,
+            stop_requested=self.stop.requested,
+        )
         return self.recorder.stop_agreed
 
     def due(self, every: int | None) -> bool:
@@ -177,6 +184,8 @@ class Session:
         if self.world.is_main:
             self._report(status)
         if status == "interrupted":
+            # The launcher takes the first rank that ends with an error's exit code for a reason to end the others.
+            self.world.barrier()
             raise Interrupted(
                 f"stopped and saved at step {self.step} of {self.steps}; go on with: albireo train "
                 f"{self.config.recipe} --resume {self.folder.path}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -10,7 +11,7 @@ __all__ = ["StopRequest"]
 
 
 class StopRequest:
-    """Listens for SIGINT and SIGTERM while it is entered.
+    """Listens for SIGINT and SIGTERM while it is entered; in the main thread alone, since no other may.
 
     Attributes:
         requested: True once either has come.
@@ -21,8 +22,9 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._hear)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(
@@ -36,6 +38,9 @@ class StopRequest:
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
+        # Taken away first: a signal that comes between two of these calls restores too.
+        before, self._before = self._before, {}
+        for number, handler in before.items():
+            # A handler that is not Python's is told as None, and cannot be put back; the usual one can.
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, usual if handler is None else handler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ class RunData:
         train: blocks to train on.
         held_out: blocks to evaluate on.
         tokenizer: what made the ids; None for random ones.
-        fingerprint: changes when anything that decides a sample does.
+        fingerprint: says, for people too, what decides a sample; changes when any of it does.
         lines: what was read and made, for the user.
     """
 
@@ -74,8 +73,12 @@ def load_run_data(
     )
     with _Stages(progress) as stages:
         text = prepare_text(source, tokenizer, options, log=_ProgressLog(progress), progress=stages.told)
-    parts = (source.fingerprint(), text.tokenizer.fingerprint(), length, len(text.train), len(text.held_out))
-    fingerprint = hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:16]
+    # In words: where a run cannot go on, the user sees which part is another. Nothing in it says where the text lies.
+    fingerprint = (
+        f"text {source.fingerprint()[:12]}, tokenizer {text.tokenizer.fingerprint()[:12]} of "
+        f"{text.tokenizer.vocab_size} tokens, blocks of {length}, {len(text.train)} to train on and "
+        f"{len(text.held_out)} held out"
+    )
     return RunData(text.train, text.held_out, text.tokenizer, fingerprint, text.lines)
 
 

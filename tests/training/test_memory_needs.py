@@ -1,0 +1,173 @@
+"""The arithmetic of memory, and the one line that helps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from albireo.config import RunConfig, merge
+from albireo.errors import OutOfMemoryError
+from albireo.training.memory_needs import (
+    MemoryUse,
+    advice,
+    check_states_fit,
+    explain_out_of_memory,
+    is_out_of_memory,
+)
+
+GB = 2**30
+
+
+def config_of(**options: object) -> RunConfig:
+    return merge(RunConfig(), {"batch_size": 8, "model": "125m", **options})
+
+
+def use_of(
+    *, weights: int = 1, gradients: int = 1, states: int = 2, logits: int = 1, activations: int = 0
+) -> MemoryUse:
+    """Sizes in GB."""
+    parts = [weights * GB, gradients * GB, states * GB, logits * GB]
+    return MemoryUse(*parts, peak=sum(parts) + activations * GB)
+
+
+def test_what_nobody_claims_are_activations() -> None:
+    assert use_of(activations=7).activations == 7 * GB
+    assert MemoryUse(5, 5, 5, 5, peak=3).activations == 0
+
+
+@pytest.mark.parametrize("spare", [0, 1, GB])
+def test_what_fits_exactly_is_let_through(spare: int) -> None:
+    check_states_fit(1000, available_bytes=16_000 + spare, where="this has", config=config_of())
+
+
+def test_what_nobody_can_know_is_let_through() -> None:
+    check_states_fit(10**15, available_bytes=None, where="this has", config=config_of())
+
+
+def test_a_byte_too_few_is_refused_with_all_numbers() -> None:
+    with pytest.raises(OutOfMemoryError) as raised:
+        check_states_fit(GB, available_bytes=16 * GB - 1, where="this machine has", config=config_of(model="1.3b"))
+    said = str(raised.value)
+    assert "--model 1.3b with --plugin torch_ddp needs 16.0 GB" in said
+    assert "16 bytes for each of 1,073,741,824 parameters" in said
+    assert "this machine has 16.0 GB" in said
+    assert "smaller --model" in said
+    assert raised.value.exit_code == 2
+
+
+def test_a_cap_that_is_too_low_can_be_raised() -> None:
+    with pytest.raises(OutOfMemoryError, match="raise --mem-cap"):
+        check_states_fit(GB, available_bytes=2 * GB, where="--mem-cap leaves", config=config_of(mem_cap=2.0))
+
+
+@pytest.mark.parametrize(
+    ("use", "options", "said"),
+    [
+        (use_of(activations=9), {}, "--checkpointing keeps one block's activations instead of all"),
+        (use_of(activations=9), {"checkpointing": True}, "--batch-size 4 --accumulate 2 takes less at a time"),
+        (
+            use_of(activations=9),
+            {"checkpointing": True, "accumulate": 3},
+            "--batch-size 4 --accumulate 6 takes less at a time",
+        ),
+        (
+            use_of(activations=9),
+            {"checkpointing": True, "batch_size": 7},
+            "--batch-size 1 --accumulate 7 takes less at a time",
+        ),
+        (
+            use_of(activations=9),
+            {"checkpointing": True, "batch_size": 9},
+            "--batch-size 3 --accumulate 3 takes less at a time",
+        ),
+        (use_of(activations=9), {"checkpointing": True, "batch_size": 1}, "a smaller --sequence-length takes less"),
+        (use_of(activations=3), {}, "--checkpointing and a smaller --batch-size take less"),
+        (use_of(activations=3), {"checkpointing": True}, "a smaller --batch-size, or a smaller --model, takes less"),
+        (use_of(activations=3), {"batch_size": 1}, "--checkpointing takes less"),
+        (use_of(), {"mem_cap": 4.0}, "raise --mem-cap, or take a smaller --model"),
+        (use_of(), {}, "take a smaller --model"),
+        (use_of(), {"batch_size": 1, "checkpointing": True}, "take a smaller --model"),
+    ],
+)
+def test_the_advice_is_about_what_took_most(use: MemoryUse, options: dict[str, object], said: str) -> None:
+    assert advice(use, config_of(**options)) == said
+
+
+@given(batch=st.integers(1, 512), accumulate=st.integers(1, 64))
+def test_a_smaller_batch_that_is_advised_leaves_the_global_batch_as_it_is(batch: int, accumulate: int) -> None:
+    config = config_of(checkpointing=True, batch_size=batch, accumulate=accumulate)
+    words = advice(use_of(activations=99), config).split()
+    if batch == 1:
+        assert words[2] == "--sequence-length"
+        return
+    smaller, more = int(words[1]), int(words[3])
+    assert words[0::2][:2] == ["--batch-size", "--accumulate"]
+    assert smaller < batch
+    assert smaller * more == batch * accumulate
+
+
+@given(
+    sizes=st.lists(st.integers(0, 80), min_size=5, max_size=5),
+    checkpointing=st.booleans(),
+    batch=st.integers(1, 9),
+    mem_cap=st.sampled_from([0.0, 6.0]),
+)
+def test_there_is_always_an_advice_that_is_not_yet_followed(
+    sizes: list[int], checkpointing: bool, batch: int, mem_cap: float
+) -> None:
+    names = ("weights", "gradients", "states", "logits", "activations")
+    config = config_of(checkpointing=checkpointing, batch_size=batch, mem_cap=mem_cap)
+    said = advice(use_of(**dict(zip(names, sizes, strict=True))), config)
+    assert said.count("--") >= 1
+    assert not (checkpointing and "--checkpointing" in said)
+    assert not (batch == 1 and "--batch-size" in said)
+    assert not (mem_cap == 0 and "--mem-cap" in said)
+
+
+def test_the_line_names_every_part() -> None:
+    error = explain_out_of_memory(use_of(activations=20), config_of(), where="NVIDIA H200")
+    assert isinstance(error, OutOfMemoryError)
+    assert str(error) == (
+        "out of memory on NVIDIA H200: weights 1.0 GB, gradients 1.0 GB, optimizer states 2.0 GB, activations 20.0 GB, "
+        "logits 1.0 GB; --checkpointing keeps one block's activations instead of all"
+    )
+    assert error.exit_code == 2
+
+
+def refused_by_torch() -> BaseException:
+    """What torch itself raises where the host has no such memory."""
+    try:
+        torch.empty(2**60, dtype=torch.uint8)
+    except RuntimeError as error:
+        return error
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (refused_by_torch(), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("NCCL error: ncclUnhandledCudaError: Cuda failure 2 'out of memory'"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
+        (ValueError("out of memory"), False),
+        (OutOfMemoryError("already explained"), False),
+        (KeyboardInterrupt(), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_a_failed_allocation_is_known_by_what_raised_it(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
+
+
+def test_sizes_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        use_of().weights = 3  # type: ignore[misc]
