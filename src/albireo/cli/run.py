@@ -23,6 +23,7 @@ __all__ = ["run"]
 _EPILOG = """
 \b
 Examples:
+  albireo run --nproc-per-node 2 -m platform    two ranks, each of which says where it is
   albireo run --nproc-per-node 2 my_script.py --lr 1e-4 --name "two words"
   albireo run --nproc-per-node gpu -m my_package.train
   albireo run --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 --nproc-per-node gpu my_script.py
