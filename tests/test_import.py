@@ -40,3 +40,29 @@ def test_the_command_line_loads_nothing_heavy_and_changes_nothing() -> None:
 
 def test_importing_everything_changes_nothing() -> None:
     run(TORCH_PROGRAM)
+
+
+NAMES_PROGRAM = """
+import sys
+import albireo
+assert set(albireo.__all__) <= set(dir(albireo))
+try:
+    albireo.no_such_name
+except AttributeError as error:
+    assert "no attribute 'no_such_name'" in str(error)
+else:
+    raise AssertionError("a name that is not there was found")
+assert "torch" not in sys.modules
+for name in albireo.__all__:
+    found = getattr(albireo, name)
+    assert name == "__version__" or (callable(found) and found.__name__ == name), (name, found)
+# A module of the same name as a function must not hide it, whatever was imported first.
+import albireo.distributed.launch
+from albireo import launch
+assert callable(launch)
+assert "transformers" not in sys.modules, "a script of one's own pays for what it does not use"
+"""
+
+
+def test_the_names_of_the_package_are_there_when_they_are_asked_for() -> None:
+    run(NAMES_PROGRAM)

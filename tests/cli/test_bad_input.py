@@ -158,7 +158,7 @@ def filled(arguments: str, places: Mapping[str, Path]) -> list[str]:
 
 
 FLAGS = [
-    Wrong("unknown flag", "--bacth-size 4", ("--bacth-size", "Did you mean", "--batch-size", "train opt --help")),
+    Wrong("unknown flag", "--bacth-size 4", ("--bacth-size", "--batch-size", "train opt --help")),
     Wrong("flag without its value", "--steps", ("--steps", "requires an argument")),
     Wrong("word too many", "tiny", ("unexpected", "tiny", "train opt --help")),
     Wrong("batch of none", "--batch-size 0", ("--batch-size must be at least 1, not 0",)),
@@ -229,6 +229,7 @@ TOKENIZERS = [
 
 DATA = [
     Wrong("no file", "--data {nowhere}/a.txt", ("no such file or folder", "nowhere/a.txt")),
+    Wrong("no file, before a model is fetched", "--model 125m --data {nowhere}/a.txt", ("no such file or folder",)),
     Wrong("no such name", "--data sinthetic", ("'sinthetic'", "owner/name/config")),
     Wrong("hub off line", "--data wikitext/wikitext-2-raw-v1", ("hub cannot be reached", "local text file", "synthetic")),
     Wrong("variable that is not set", "--data ''", ("--data is empty",)),
@@ -240,7 +241,7 @@ DATA = [
     Wrong("empty file", "--data {empty}", ("empty.txt", "0 bytes", "with text in it")),
     Wrong("white space", "--data {blank}", ("blank.txt", "only white space")),
     Wrong("too short", "--data {short}", ("short.txt has", "two blocks", "256", "--sequence-length of at most")),
-    Wrong("malformed JSON lines", "--data {malformed}", ("malformed.jsonl line 3 is not JSON",)),
+    Wrong("malformed JSON lines", "--data {malformed}", ("malformed.jsonl line 3 is not JSON", "at character 11")),
     Wrong("lines without the field", "--data {fieldless}", ("fieldless.jsonl line 2", '"text"', "body", "--text-field")),
     Wrong("field that is no text", "--data {number}", ("number.jsonl line 1", '"text"', "a number", "a string")),
     Wrong("cache that is a file", "--data {text} --cache {text}", ("cache folder", "cannot be written", "--cache")),

@@ -22,8 +22,9 @@ from train_server import TrainServer
 
 from albireo.cli.main import cli
 from albireo.device.cores import usable_cores
-from albireo.distributed.elastic import ElasticPlan, LoopbackRendezvous, launch_elastic
+from albireo.distributed.elastic import ElasticPlan, launch_elastic
 from albireo.distributed.launch import loopback_environment
+from albireo.distributed.loopback import LoopbackRendezvous
 from albireo.distributed.rendezvous import MeetingPlace
 from albireo.errors import LaunchError
 

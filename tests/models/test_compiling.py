@@ -23,6 +23,7 @@ def nothing_compiled_before() -> Iterator[None]:
 
 
 @needs_a_compiler
+@pytest.mark.compiles
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_compilation_serves_all_blocks_and_changes_no_number(checkpointing: bool) -> None:
     choice = resolve_model("tiny")

@@ -83,6 +83,7 @@ def run_case_of(
     stop_at: int = 0,
     asked: int = 0,
     lag: int = 0,
+    disturbed: bool = False,
 ) -> dict[str, Any]:
     """Run, or go on with what lies in the folder, until the end or a stop that one rank is asked for in a step."""
     world = World(world.rank, world.world_size, world.local_rank, CPU)
@@ -106,6 +107,8 @@ def run_case_of(
 
             def noting(output: Any) -> bool:
                 losses.append(output.loss_sum.item())
+                if disturbed:
+                    torch.rand(world.rank + 3)  # somebody else draws
                 return record(output)
 
             session.begin_step, session.record = begin_step, noting  # type: ignore[method-assign]
@@ -237,11 +240,47 @@ def test_ranks_draw_masks_of_their_own(
         assert (ours == theirs) == (dropout == 0.0)
 
 
-def test_masks_change_from_step_to_step(options: dict[str, Any], tmp_path: Path) -> None:
-    """With a learning rate of zero, nothing but the masks tells one step over the same samples from the next."""
-    chosen = {**options, "learning_rate": 0.0, "steps": 3, "dropout": 0.5, "eval_every": 0, "save_every": 0}
-    losses = run_case_of(ALONE, folder=str(tmp_path / "run"), options=chosen)["losses"]
-    assert len(set(losses)) == 3
+def test_masks_change_from_step_to_step(
+    options: dict[str, Any], text: Path, cache_folder: Path, tmp_path: Path
+) -> None:
+    """With a learning rate of zero and one sample, nothing but the masks tells a step from the next."""
+    chosen = {**single_sample(options, text, cache_folder, tmp_path), "learning_rate": 0.0, "steps": 3}
+    for dropout, kinds in ((0.0, 1), (0.5, 3)):
+        folder = tmp_path / f"run-{dropout}"
+        losses = run_case_of(ALONE, folder=str(folder), options={**chosen, "dropout": dropout})["losses"]
+        assert len(set(losses)) == kinds
+
+
+def test_masks_do_not_hang_on_what_else_is_drawn(
+    undisturbed: tuple[Path, dict[str, Any]], options: dict[str, Any], tmp_path: Path
+) -> None:
+    again = run_case_of(ALONE, folder=str(tmp_path / "run"), options=options, disturbed=True)
+    assert again["losses"] == undisturbed[1]["losses"]
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    with open_session(config_of(options), folder, ALONE) as session:
+        session.recorder._readback = Readback(CPU, 2)
+        save, sync = session.state.save, session.recorder.sync
+        synced: list[int] = []
+        saved: list[int] = []
+
+        def noting_sync() -> None:
+            synced.append(len(read_metrics(folder.metrics_path)[0]))
+            sync()
+
+        def noting_save(*arguments: Any, **more: Any) -> None:
+            saved.append(session.step)
+            assert synced[-1] == session.step
+            save(*arguments, **more)
+
+        session.recorder.sync = noting_sync  # type: ignore[method-assign]
+        session.state.save = noting_save  # type: ignore[method-assign]
+        train_loop(session)
+    assert saved == [2, 4, 6, 7]
 
 
 class Events(World):

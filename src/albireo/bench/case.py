@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from albireo.errors import ConfigError
+from albireo.training.metrics import finite_or_none
 
 __all__ = ["SYSTEMS", "Case", "CaseResult"]
 
@@ -108,4 +109,6 @@ class CaseResult:
         """Return one flat row, as `bench.json` holds it."""
         values = dataclasses.asdict(self)
         case = values.pop("case")
-        return {**case, "gpus": 1, **values}
+        # Strict JSON has no word for a loss that is not finite.
+        finite = {name: finite_or_none(value) if isinstance(value, float) else value for name, value in values.items()}
+        return {**case, "gpus": 1, **finite}

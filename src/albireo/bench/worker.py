@@ -15,7 +15,7 @@ from albireo.bench.references import REFERENCES
 from albireo.bench.timing import time_steps
 from albireo.data import RandomTokens, samples_at
 from albireo.device import select_device
-from albireo.errors import OutOfMemoryError
+from albireo.errors import AlbireoError, OutOfMemoryError
 from albireo.models import build_model, configure_model, enable_activation_checkpointing, resolve_model
 from albireo.training.memory_needs import is_out_of_memory
 from albireo.training.text import RANDOM_BLOCKS
@@ -39,8 +39,11 @@ def run_case(case: Case) -> CaseResult:
         if case.system.startswith("albireo"):
             return measure_albireo(case)
         return _measure_reference(case)
+    except AlbireoError as error:
+        # Its one line is the reason; the last line of a traceback would put the class's name before it.
+        return CaseResult(case, "out_of_memory" if isinstance(error, OutOfMemoryError) else "failed", error=str(error))
     except Exception as error:
-        if isinstance(error, OutOfMemoryError) or is_out_of_memory(error):
+        if is_out_of_memory(error):
             return CaseResult(case, "out_of_memory", error=str(error).splitlines()[0])
         raise
 

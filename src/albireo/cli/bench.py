@@ -72,7 +72,9 @@ def opt(
         for size in _whole_numbers("--batch-sizes", batch_sizes)
         for system in _words("--systems", systems, SYSTEMS)
     ]
-    run_cases(cases, rounds=rounds, output=None if output is None else user_path("--output", output))
+    results = run_cases(cases, rounds=rounds, output=None if output is None else user_path("--output", output))
+    if all(result.status != "ok" for result in results):
+        raise click.exceptions.Exit(1)
 
 
 def _words(flag: str, text: str, known: Sequence[str] = ()) -> list[str]:

@@ -7,7 +7,7 @@ from albireo.data.cache import tokenize, trained_tokenizer
 from albireo.data.loader import IGNORED_LABEL, Batch, StepLoader, evaluation_batches
 from albireo.data.order import BatchLayout, SampleOrder, epoch_of, epoch_permutation, samples_at, steps_for
 from albireo.data.sampler import EpochSampler
-from albireo.data.source import open_source
+from albireo.data.source import check_source, open_source
 from albireo.data.store import default_cache_folder
 from albireo.data.text import TextData, TextOptions, prepare_text, prepare_tokenizer
 from albireo.data.text_source import TextSource
@@ -31,6 +31,7 @@ __all__ = [
     "TextTokenizer",
     "TokenBlocks",
     "TokenStream",
+    "check_source",
     "default_cache_folder",
     "epoch_of",
     "epoch_permutation",

@@ -124,7 +124,9 @@ def _parse(text: str, where: str) -> Any:
     except RecursionError as error:
         raise DataError(f"{where} is not JSON that can be read: it is nested too deeply") from error
     except ValueError as error:
-        raise DataError(f"{where} is not JSON: {error}") from error
+        # A line is parsed by itself: the parser's own "line 1" would contradict the number that is named here.
+        reason = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f"{where} is not JSON: {reason}") from error
 
 
 def record_text(record: object, text_field: str, where: str) -> str:

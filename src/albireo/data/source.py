@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from albireo.data.files import open_files
-from albireo.data.hub_source import open_hub
+from albireo.data.hub_source import candidates, open_hub
 from albireo.data.readers import JSON_SUFFIXES
 from albireo.data.synthetic import SyntheticSource
 from albireo.data.text_source import TextSource
 from albireo.errors import DataError
 
-__all__ = ["open_source"]
+__all__ = ["check_source", "open_source"]
 
 # A configuration on the hub may have a dot in its name (20231101.en), so that not every ending is a file's.
 _FILE_SUFFIXES = frozenset({
@@ -35,6 +35,31 @@ def open_source(name: str, *, text_field: str = "text", seed: int = 0) -> TextSo
     """
     if name == "synthetic":
         return SyntheticSource(seed)
+    path = _local(name)
+    return open_hub(name, text_field) if path is None else open_files(path, name, text_field)
+
+
+def check_source(name: str, *, text_field: str = "text") -> None:
+    """Find out what can be known without reading a text or asking the hub.
+
+    Args:
+        name: as for `open_source`.
+        text_field: as for `open_source`.
+
+    Raises:
+        DataError: there is no such file, nothing in the folder, or no data set of the hub could be called that.
+    """
+    if name == "synthetic":
+        return
+    path = _local(name)
+    if path is None:
+        candidates(name)
+    else:
+        open_files(path, name, text_field)
+
+
+def _local(name: str) -> Path | None:
+    """Return the path that a name means; None if it can only be a name on the hub."""
     if not name.strip():
         raise DataError("no data was named; give a file, a folder, a data set of the hub, or synthetic")
     path = Path(name).expanduser()
@@ -43,7 +68,7 @@ def open_source(name: str, *, text_field: str = "text", seed: int = 0) -> TextSo
     except (OSError, ValueError) as error:  # names that are too long, or hold a zero byte
         raise DataError(f"{name!r} cannot be a file: {error}") from error
     if exists:
-        return open_files(path, name, text_field)
+        return path
     if name.startswith((".", "/", "~", "\\")) or path.suffix.lower() in _FILE_SUFFIXES or name.endswith("/"):
         raise DataError(f"no such file or folder: {name}")
-    return open_hub(name, text_field)
+    return None

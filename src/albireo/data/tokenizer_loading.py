@@ -51,6 +51,11 @@ def load_tokenizer(path_or_id: str | Path, *, reachable: Callable[[], bool] = hu
     if len(present) == 1:
         missing = next(part for part in parts if part not in present)
         raise ModelError(f"{missing} is missing: a byte-level tokenizer needs vocab.json and merges.txt")
+    if not any(path.iterdir()):
+        raise ModelError(
+            f"no tokenizer can be loaded from {name}, which is empty: name a folder with tokenizer.json, or with vocab.json "
+            "and merges.txt"
+        )
     return _through_transformers(path, name, local=True)
 
 
@@ -172,4 +177,4 @@ def _through_transformers(where: str | Path, name: str, *, local: bool) -> TextT
 
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__

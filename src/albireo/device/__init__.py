@@ -5,7 +5,7 @@ from albireo.device.clock import Moment
 from albireo.device.machine import describe_device, detect_device_type, device_count, has_native_bf16, select_device
 from albireo.device.memory import HostMemory, device_total_bytes, read_host_memory
 from albireo.device.peaks import PeakMemory, PeakReading
-from albireo.device.random_state import capture_random_state, restore_random_state, seed_everything
+from albireo.device.random_state import capture_random_state, restore_random_state, seed_everything, seed_of
 from albireo.device.readback import Readback
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "read_host_memory",
     "restore_random_state",
     "seed_everything",
+    "seed_of",
     "select_device",
 ]

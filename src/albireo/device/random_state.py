@@ -8,7 +8,20 @@ import random
 import numpy as np
 import torch
 
-__all__ = ["capture_random_state", "restore_random_state", "seed_everything"]
+__all__ = ["capture_random_state", "restore_random_state", "seed_everything", "seed_of"]
+
+
+def seed_of(*parts: int) -> int:
+    """Return one seed made of several numbers, such as a run's seed, a step and a rank.
+
+    Args:
+        parts: any whole numbers.
+
+    Returns:
+        63 bits, each of which depends on all parts: torch's generator on a CPU looks at the lowest 32 only.
+    """
+    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def seed_everything(*parts: int) -> None:
@@ -17,8 +30,7 @@ def seed_everything(*parts: int) -> None:
     Args:
         parts: numbers that together make the seed, such as a run's seed, a step and a rank.
     """
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=8).digest()
-    seed = int.from_bytes(digest, "little") >> 1
+    seed = seed_of(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  libraries draw from this generator
     torch.manual_seed(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +19,7 @@ from albireo.log import Log
 __all__ = ["JoinedWorld", "launch", "launch_from_torch"]
 
 _BACKENDS = ("nccl", "gloo")
+_LAST_MOMENT_SECONDS = 0.01
 
 
 class JoinedWorld(World):
@@ -30,7 +32,7 @@ class JoinedWorld(World):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         atexit.unregister(_leave_at_exit)
-        leave_world(failed=error is not None)
+        _leave(failed=error is not None)
 
 
 def launch_from_torch(
@@ -127,4 +129,11 @@ def _join(
 
 def _leave_at_exit() -> None:
     # Python keeps the exception that ended the program here. Its peers may never come to leave.
-    leave_world(failed=getattr(sys, "last_value", None) is not None)
+    _leave(failed=getattr(sys, "last_value", None) is not None)
+
+
+def _leave(*, failed: bool) -> None:
+    leave_world(failed=failed)
+    # gloo's threads may still hold tensors of the script's own collectives; see `host_collectives`. The interpreter's
+    # lock is theirs for a moment before the interpreter ends.
+    time.sleep(_LAST_MOMENT_SECONDS)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _abort_process_group
 
 from albireo.device import select_device
 from albireo.distributed.host_collectives import run_settled, wait_for_all
@@ -160,9 +161,11 @@ def leave_world(*, failed: bool = False) -> None:
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    if failed and dist.group.WORLD is not None:
-        dist.group.WORLD.abort()
-    dist.destroy_process_group()
+    if failed:
+        # Taking NCCL down in good order is a collective, for which nobody may come.
+        _abort_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def current_world() -> World:

@@ -75,8 +75,9 @@ def restore_named_state(
                     )
                 shape, dtype = saved[name]
                 _check_shape(name, shape, tuple(parameter.shape))
-                # A step count is a scalar, which a fused optimizer keeps beside its parameter.
-                state = torch.empty(shape, dtype=dtype, device=parameter.device)
+                # A step count lies beside its parameter where a kernel counts; where the host does, it would be waited for.
+                beside = key != "step" or group.get("fused") or group.get("capturable")
+                state = torch.empty(shape, dtype=dtype, device=parameter.device if beside else "cpu")
                 read(name, state)
                 optimizer.state[parameter][key] = state
 

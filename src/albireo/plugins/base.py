@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from albireo.checkpoint import TensorSlice, TensorSource
 from albireo.data import EpochSampler
+from albireo.device import seed_of
 from albireo.distributed import World, current_world
 from albireo.errors import ConfigError
 from albireo.optim import OptimizerWrapper
@@ -159,7 +160,7 @@ class Plugin(ABC):
         make_sampler = distributed_sampler_cls or EpochSampler
         sampler = make_sampler(dataset, world.world_size, world.rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
         # Workers draw their seeds from it: other ones on each rank, and none from the global generator.
-        generator = torch.Generator().manual_seed((seed + 2**32 * (1 + world.rank)) % 2**63)
+        generator = torch.Generator().manual_seed(seed_of(seed, world.rank))
         options = {"generator": generator, **kwargs}
         return DataLoader(
             dataset,

@@ -32,7 +32,7 @@ from albireo.training.run_folder import RunFolder
 from albireo.training.saving import Position, RunState, tensor_names
 from albireo.training.session import Session
 from albireo.training.stop import StopRequest
-from albireo.training.text import RunData, load_run_data
+from albireo.training.text import RunData, check_run_data, load_run_data
 
 __all__ = ["open_session"]
 
@@ -63,8 +63,11 @@ def open_session(
         seed_everything(config.schedule.seed, world.rank)
         if config.plugin.mem_cap > 0:
             apply_device_cap(world.device, int(config.plugin.mem_cap * 2**30))
+        # What costs nothing to look at comes first; then what is fetched; then what is tokenized and built.
+        check_run_data(config)
         planned = plan_language_model(config)
         _check_memory(config, planned, world)
+        planned = planned.fetched(config)
         data = load_run_data(config, tokenizer=planned.tokenizer, vocab_size=planned.rows, progress=progress)
         layout = BatchLayout(
             batch_size=config.optimizer.batch_size or 1,
@@ -148,7 +151,9 @@ def _with_lengths(config: RunConfig, dataset_size: int, samples_per_step: int) -
     steps = schedule.steps or steps_for(schedule.epochs or 1.0, dataset_size, samples_per_step)
     warmup = warmup_steps_of(schedule.warmup, steps)
     if warmup >= steps and warmup > 1:
-        raise ConfigError(f"--warmup {schedule.warmup:g} is no shorter than the run of {steps} steps")
+        raise ConfigError(
+            f"--warmup {schedule.warmup:g} is no shorter than the run of {steps} steps: give less of it, or more --steps"
+        )
     fifth = max(1, math.ceil(steps / 5))
     schedule = dataclasses.replace(
         schedule,
@@ -209,7 +214,8 @@ def _resume(folder: RunFolder, state: RunState, world: World, progress: Progress
         if found is None and damaged:
             # Beginning anew here would throw away the rows and whatever can still be saved by hand.
             raise CheckpointError(
-                f"no checkpoint in {folder.checkpoints_path} is whole: begin a new run with another --output"
+                f"no checkpoint in {folder.checkpoints_path} is whole, so the run cannot go on ({damaged[0]}): put whole "
+                "ones back, or begin a new run with another --output"
             )
     name = world.share_from_main(None if found is None else found.path.name)
     if name is None:

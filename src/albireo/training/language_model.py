@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,28 @@ class LanguageModelPlan:
         """What tells the model's parts."""
         return self.choice.family
 
+    def fetched(self, config: RunConfig) -> LanguageModelPlan:
+        """Return the plan with its weights on this machine and its tokenizer loaded, after a look at both.
+
+        Whoever is off line, or has damaged weights or too large a tokenizer, should not wait for text to be tokenized.
+
+        Args:
+            config: as for `plan_language_model`.
+
+        Raises:
+            ModelError: weights or tokenizer are missing or damaged, or do not go together.
+        """
+        choice, name = self.choice, config.model.tokenizer
+        if self.init == "pretrained":
+            choice = fetch_model(choice)
+            name = name or str(choice.folder)
+        # Random ids come of no tokenizer, and a model's folder may have none.
+        tokenizer = load_tokenizer(name) if name is not None and config.data.data != "random" else None
+        if self.init == "pretrained" and choice.folder is not None:
+            check_weights(choice.folder, choice.family, choice.config())
+        configure_model(choice, init=self.init, vocabulary=_vocabulary(tokenizer))
+        return dataclasses.replace(self, choice=choice, tokenizer=tokenizer)
+
     def build(
         self, tokenizer: TextTokenizer | None, config: RunConfig, device: torch.device
     ) -> tuple[PreTrainedModel, list[str]]:
@@ -72,14 +95,13 @@ class LanguageModelPlan:
 
 
 def plan_language_model(config: RunConfig) -> LanguageModelPlan:
-    """Choose the model and its tokenizer.
+    """Choose the model. Nothing is fetched and no weight is read yet: see `LanguageModelPlan.fetched`.
 
     Args:
         config: a resolved configuration.
 
     Raises:
-        ModelError: there is no such model, it cannot read sequences of this length, or its tokenizer is missing,
-            damaged or larger than its weights.
+        ModelError: there is no such model, or it cannot read sequences of this length.
     """
     choice = resolve_model(config.model.model)
     init: Init = "pretrained" if config.model.init == "pretrained" else "random"
@@ -88,22 +110,8 @@ def plan_language_model(config: RunConfig) -> LanguageModelPlan:
         parameters = choice.family.count_parameters(model_config)
     except ModelError as error:
         raise ModelError(f"--model {choice.name}: {error}") from error
-    # Before the data: whoever is off line, or has damaged weights, should not wait for it to be tokenized.
-    name = config.model.tokenizer
-    if init == "pretrained":
-        choice = fetch_model(choice)
-        name = name or str(choice.folder)
-        if choice.folder is not None:
-            check_weights(choice.folder, choice.family, model_config)
-    # Random ids come of no tokenizer, and a model's folder may have none.
-    tokenizer = load_tokenizer(name) if name is not None and config.data.data != "random" else None
-    configure_model(choice, init=init, vocabulary=_vocabulary(tokenizer))
     return LanguageModelPlan(
-        choice=choice,
-        init=init,
-        parameters=parameters,
-        rows=int(model_config.vocab_size),
-        tokenizer=tokenizer,
+        choice=choice, init=init, parameters=parameters, rows=int(model_config.vocab_size), tokenizer=None
     )
 
 

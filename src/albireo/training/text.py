@@ -12,13 +12,14 @@ from albireo.data import (
     TextOptions,
     TextTokenizer,
     TokenBlocks,
+    check_source,
     open_source,
     prepare_text,
 )
 from albireo.log import Log
 from albireo.training.progress import Progress, ProgressTask
 
-__all__ = ["RANDOM_BLOCKS", "RunData", "load_run_data"]
+__all__ = ["RANDOM_BLOCKS", "RunData", "check_run_data", "load_run_data"]
 
 RANDOM_BLOCKS = 4096
 
@@ -40,6 +41,19 @@ class RunData:
     tokenizer: TextTokenizer | None
     fingerprint: str
     lines: tuple[str, ...]
+
+
+def check_run_data(config: RunConfig) -> None:
+    """Say at once what is wrong with a path, or with the form of a name on the hub; nothing is read or fetched.
+
+    Args:
+        config: a resolved configuration.
+
+    Raises:
+        DataError: there is nothing of that name.
+    """
+    if config.data.data != "random":
+        check_source(config.data.data, text_field=config.data.text_field)
 
 
 def load_run_data(
