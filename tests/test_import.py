@@ -17,6 +17,7 @@ assert not heavy, f"imported for nothing: {heavy}"
 TORCH_PROGRAM = """
 import os, sys, threading
 import torch, transformers
+from transformers import PreTrainedModel  # transformers' own import sets a variable
 state = torch.get_rng_state()
 settings = (torch.get_default_dtype(), torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32)
 before, threads = dict(os.environ), threading.active_count()

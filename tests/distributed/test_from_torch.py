@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from albireo import launch, launch_from_torch
+from albireo import Booster, launch, launch_from_torch
 from albireo.distributed import DistCoordinator, World, current_world
 from albireo.distributed.launch import loopback_environment
 from albireo.errors import ConfigError, LaunchError
@@ -155,6 +155,15 @@ def test_a_rank_that_fails_is_waited_for_by_nobody(tmp_path: Path) -> None:
     (first_code, _), (second_code, second_said) = run_two(tmp_path, "fail")
     assert (first_code, second_code) == (1, 1)
     assert second_said.rstrip().endswith("ValueError: rank one is unwell")
+
+
+def test_a_rank_that_has_not_joined_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for build in (DistCoordinator, Booster):
+        with pytest.raises(LaunchError, match=r"2 ranks were started, .* call launch_from_torch\(\) first"):
+            build()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Booster().world.world_size == 1
 
 
 def test_a_group_without_gloo_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,9 +172,16 @@ def current_world() -> World:
     """Return the world of the process group that this process has joined, or a world of one.
 
     Raises:
-        LaunchError: the group that was joined cannot send tensors of the host.
+        LaunchError: a launcher has started several ranks and this one has not joined them, or the group that was joined
+            cannot send tensors of the host.
     """
     if not (dist.is_available() and dist.is_initialized()):
+        started = os.environ.get("WORLD_SIZE", "1")
+        if started != "1":
+            # Alone, each rank would train a model of its own, and nobody would notice.
+            raise LaunchError(
+                f"{started} ranks were started, and this one has not joined: call launch_from_torch() first"
+            )
         return World(0, 1, 0, select_device(0))
     if "gloo" not in dist.get_backend_config() and dist.get_world_size() > 1:
         raise LaunchError(
