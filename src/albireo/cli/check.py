@@ -52,7 +52,7 @@ Examples:
 _Result = TypeVar("_Result")
 
 
-@click.command("check", epilog=_EPILOG)
+@click.command("check", context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
 @click.option("--quick", is_flag=True, help="Measure for a moment only.")
 @click.option("--json", "json_file", metavar="FILE", help="Write all of it to a file as well.")
 @click.option(
