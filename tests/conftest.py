@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,11 @@ _SET_BY_OTHERS = {
 }
 
 
+# A library may tell its pool of threads to end without waiting for it (transformers does, after loading a model): such
+# threads end by themselves, and one that has not within this time is a leak.
+_SECONDS_TO_END = 10.0
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what is not for here, each with its reason."""
     for item in items:
@@ -52,6 +58,10 @@ def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     assert not left - _SET_BY_OTHERS, f"the test changed environment variables: {sorted(left - _SET_BY_OTHERS)}"
     extra = [thread for thread in threading.enumerate() if thread not in threads and not thread.daemon]
     if request.node.get_closest_marker("compiles") is None:
+        deadline = time.monotonic() + _SECONDS_TO_END
+        for thread in extra:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        extra = [thread for thread in extra if thread.is_alive()]
         assert not extra, f"the test left threads running: {[thread.name for thread in extra]}"
     assert not dist.is_initialized(), "the test left a process group"
     assert _torch_settings() == settings, "the test changed a global setting of torch"
