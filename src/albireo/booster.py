@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NoReturn, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 from torch import nn
@@ -194,6 +194,7 @@ class Booster(StateDoor):
         *,
         lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         max_norm: float = 0.0,
+        observe: Callable[[Literal["reduced", "clipped"]], None] | None = None,
     ) -> StepOutput:
         """Forward, backward, clip and step: one optimizer step, the same for every plugin.
 
@@ -211,6 +212,8 @@ class Booster(StateDoor):
                 `albireo.ops.count_terms`, which waits for nothing as long as labels are on the host.
             lr_scheduler: stepped after the optimizer.
             max_norm: clip the gradient to this global norm; 0 does not.
+            observe: called twice before the step, with "reduced" when the gradients of all micro-batches and ranks are
+                there, and with "clipped" when they are as they are stepped.
 
         Returns:
             The losses' sum, the tokens and the norm, still on the device.
@@ -226,7 +229,7 @@ class Booster(StateDoor):
         last = len(batches) - 1
         try:
             for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-                with nullcontext() if index == last else self.no_sync(model):
+                with nullcontext() if index == last else self.plugin.accumulation_context(model):
                     loss_sum = _loss_sum(model, self._to_device(batch), count)
                     self.backward(loss_sum * factor, optimizer)
                 sums.append(loss_sum.detach())
@@ -234,7 +237,11 @@ class Booster(StateDoor):
             # What was added up so far must not go into the next step of a caller who takes a smaller batch instead.
             optimizer.zero_grad()
             raise
+        if observe is not None:
+            observe("reduced")
         norm = optimizer.clip_grad_by_norm(max_norm)
+        if observe is not None:
+            observe("clipped")
         optimizer.step()
         if lr_scheduler is not None:
             lr_scheduler.step()

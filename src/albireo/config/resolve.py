@@ -28,6 +28,8 @@ def resolve(config: RunConfig, machine: MachineFacts) -> RunConfig:
     _check(config, machine, tiny=tiny)
     init = config.model.init or ("random" if tiny else "pretrained")
     precision = config.plugin.precision
+    if precision is None and config.plugin.plugin == "torch_ddp_fp16":
+        precision = "fp16"
     if precision is None:
         if machine.device_type != "cuda":
             precision = "fp32"
@@ -47,14 +49,36 @@ def resolve(config: RunConfig, machine: MachineFacts) -> RunConfig:
             batch_size=optimizer.batch_size or 8,
         ),
         schedule=schedule,
-        plugin=dataclasses.replace(config.plugin, precision=precision),
+        plugin=dataclasses.replace(config.plugin, precision=precision, zero_stage=_zero_stage(config)),
     )
+
+
+def _zero_stage(config: RunConfig) -> int | None:
+    return (config.plugin.zero_stage or 2) if config.plugin.plugin == "low_level_zero" else None
+
+
+def _check_plugin(config: RunConfig) -> None:
+    """Refuse options of other plugins than the chosen one."""
+    chosen = config.plugin
+    if chosen.plugin == "torch_ddp_fp16" and chosen.precision not in (None, "fp16"):
+        raise ConfigError(
+            f"--plugin torch_ddp_fp16 computes in fp16, not in {chosen.precision}: take --plugin torch_ddp with --precision"
+        )
+    if chosen.zero_stage is not None and chosen.plugin != "low_level_zero":
+        raise ConfigError(
+            f"--zero-stage is for --plugin low_level_zero, and --plugin {chosen.plugin} has no stages: leave it out"
+        )
+    if chosen.cpu_offload and chosen.plugin not in ("low_level_zero", "torch_fsdp"):
+        raise ConfigError(
+            f"--cpu-offload is for --plugin low_level_zero or torch_fsdp; --plugin {chosen.plugin} keeps all on the device"
+        )
 
 
 def _check(config: RunConfig, machine: MachineFacts, *, tiny: bool) -> None:
     if tiny and config.model.init == "pretrained":
         raise ConfigError("--model tiny has no pretrained weights: leave --init out, or take another --model")
     _check_data(config)
+    _check_plugin(config)
     steps, warmup = config.schedule.steps, config.schedule.warmup
     # A share of all steps, or steps that follow from the data, cannot be judged yet.
     if steps is not None and warmup >= max(2, steps):
@@ -67,7 +91,7 @@ def _check(config: RunConfig, machine: MachineFacts, *, tiny: bool) -> None:
         raise ConfigError(f"--gpus {gpus} asks for more than this machine has: {have}")
     if config.plugin.mem_cap > 0 and machine.device_type != "cuda":
         raise ConfigError(
-            "--mem-cap bounds a GPU's memory, and this run would be on the CPU, where --plugin torch_ddp has no device "
+            "--mem-cap bounds a GPU's memory, and this run would be on the CPU, where there is no device "
             "memory to bound: leave --mem-cap out"
         )
     if config.plugin.precision == "bf16" and machine.device_type == "cuda" and not machine.bf16_is_native:

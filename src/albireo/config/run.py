@@ -113,7 +113,17 @@ class ScheduleConfig:
 class PluginConfig:
     """On what, and by which mechanism."""
 
-    plugin: Literal["torch_ddp"] = option("torch_ddp", "The mechanism of training.")
+    plugin: Literal["torch_ddp", "torch_ddp_fp16", "torch_fsdp", "low_level_zero"] = option(
+        "torch_ddp",
+        "The mechanism of training: whole copies on every rank (torch_ddp; torch_ddp_fp16 is the same with --precision "
+        "fp16), torch's own sharding (torch_fsdp), or ZeRO 1 and 2 (low_level_zero).",
+    )
+    zero_stage: int | None = option(
+        None, "low_level_zero: 1 shards optimizer states, 2 gradients too. Default: 2.", minimum=1, maximum=2
+    )
+    cpu_offload: bool = option(
+        False, "low_level_zero, torch_fsdp: keep fp32 weights and optimizer states in host memory, and step there."
+    )
     precision: Literal["fp32", "fp16", "bf16"] | None = option(
         None, "The numbers that compute. Default: bf16 where the GPU has it, else fp16; fp32 on a CPU."
     )

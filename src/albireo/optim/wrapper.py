@@ -121,6 +121,10 @@ class OptimizerWrapper:
         """Forget the gradients."""
         self.optim.zero_grad(set_to_none=set_to_none)
 
+    def gradient_scale(self) -> torch.Tensor | None:
+        """Return by what the gradients are larger than they should be, a scalar on the device; None: by nothing."""
+        return None
+
     def scaler_state(self) -> dict[str, float]:
         """Return the loss scale's state; empty where there is none."""
         return {}
@@ -152,6 +156,7 @@ class ScaledOptimizer(OptimizerWrapper):
     ) -> None:
         super().__init__(optimizer)
         self._scaler = torch.amp.GradScaler(device.type, init_scale=initial_scale, growth_interval=growth_interval)
+        self._device = device
         self._scaled = False
         self._unscaled = False
 
@@ -207,6 +212,13 @@ class ScaledOptimizer(OptimizerWrapper):
             # No step came of these gradients, so the next ones are to be unscaled anew, with the scale as it is.
             self._scaler.update(self._scaler.get_scale())
         self._scaled = self._unscaled = False
+
+    def gradient_scale(self) -> torch.Tensor | None:
+        """See the base class: until they are clipped, gradients are larger by the loss scale."""
+        if self._unscaled or not self._scaled:
+            return None
+        # The scaler tells its scale as a number alone, for which it waits.
+        return self._scaler.scale(torch.ones((), device=self._device))
 
     def scaler_state(self) -> dict[str, float]:
         """Return the loss scale and the count of good steps; waits for the device."""

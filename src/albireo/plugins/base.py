@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -69,10 +69,18 @@ class ModelWrapper(nn.Module):
 
 
 class Plugin(ABC):
-    """A way to train. The same calls serve every plugin; what differs is where weights, gradients and states live."""
+    """A way to train. The same calls serve every plugin; what differs is where weights, gradients and states live.
+
+    Attributes:
+        name: what the command line calls it.
+        precision: "fp32", "fp16" or "bf16".
+        compute_form: what computes in fp16 and bf16: "autocast" over fp32 weights, or a 16-bit "copy" of them, with
+            inputs of floating point cast too.
+    """
 
     name: str
     precision: str
+    compute_form: ClassVar[Literal["autocast", "copy"]] = "copy"
 
     @abstractmethod
     def configure(
@@ -89,6 +97,14 @@ class Plugin(ABC):
     @abstractmethod
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """Return a context in which backward adds to local gradients and sends nothing."""
+
+    def accumulation_context(self, model: ModelWrapper) -> AbstractContextManager[None]:
+        """Return the context of every micro-batch of a training step but the last.
+
+        Args:
+            model: the wrapped model.
+        """
+        return self.no_sync(model)
 
     def configure_criterion(self, criterion: Criterion, world: World) -> Criterion:
         """Return a criterion that computes in the plugin's precision.
@@ -189,6 +205,21 @@ class Plugin(ABC):
         self, optimizer: OptimizerWrapper, names: Mapping[torch.nn.Parameter, str], world: World
     ) -> Iterable[TensorSlice]:
         """Yield this rank's part of all of the optimizer's states, as `optimizer/STATE/NAME`.
+
+        Args:
+            optimizer: the wrapped optimizer.
+            names: its parameters' names.
+            world: the ranks.
+        """
+
+    @abstractmethod
+    def export_gradients(
+        self, optimizer: OptimizerWrapper, names: Mapping[torch.nn.Parameter, str], world: World
+    ) -> Iterable[TensorSlice]:
+        """Yield this rank's part of all gradients, as `gradient/NAME`, in fp32.
+
+        Called by all ranks between the last backward of a step and the step. They are averaged over ranks, without a
+        loss scale, and clipped if that has been done. A parameter that no rank has a gradient of is left out.
 
         Args:
             optimizer: the wrapped optimizer.

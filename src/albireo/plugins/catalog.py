@@ -17,7 +17,12 @@ def _torch_ddp(config: PluginConfig) -> Plugin:
     return TorchDDPPlugin(precision=config.precision or "fp32")
 
 
-PLUGINS: Mapping[str, Callable[[PluginConfig], Plugin]] = MappingProxyType({"torch_ddp": _torch_ddp})
+PLUGINS: Mapping[str, Callable[[PluginConfig], Plugin]] = MappingProxyType(
+    {
+        "torch_ddp": _torch_ddp,
+        "torch_ddp_fp16": _torch_ddp,  # `resolve` has set the precision
+    }
+)
 
 
 def make_plugin(config: PluginConfig) -> Plugin:

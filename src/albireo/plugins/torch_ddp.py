@@ -53,6 +53,7 @@ class TorchDDPPlugin(Plugin):
     """
 
     name = "torch_ddp"
+    compute_form = "autocast"
 
     def __init__(
         self,
@@ -128,6 +129,16 @@ class TorchDDPPlugin(Plugin):
         """See the base class: every rank holds the same, so the main rank alone exports."""
         for name, tensor in named_state(optimizer.unwrap(), names).items() if world.is_main else ():
             yield whole(f"optimizer/{name}", tensor)
+
+    def export_gradients(
+        self, optimizer: OptimizerWrapper, names: Mapping[nn.Parameter, str], world: World
+    ) -> Iterable[TensorSlice]:
+        """See the base class: every rank holds the same, so the main rank alone exports."""
+        scale = optimizer.gradient_scale()
+        for parameter, name in names.items() if world.is_main else ():
+            if parameter.grad is not None:
+                gradient = parameter.grad.float() if scale is None else parameter.grad.float() / scale
+                yield whole(f"gradient/{name}", gradient)
 
     def import_model(self, model: ModelWrapper, names: Mapping[torch.Tensor, str], source: TensorSource) -> None:
         """See the base class."""
