@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from albireo.distributed import DistCoordinator, launch_from_torch
     from albireo.distributed.from_torch import launch
     from albireo.optim import HybridAdam
-    from albireo.plugins import TorchDDPPlugin
+    from albireo.plugins import LowLevelZeroPlugin, TorchDDPPlugin
 
 __all__ = [
     "Booster",
     "DistCoordinator",
     "HybridAdam",
+    "LowLevelZeroPlugin",
     "TorchDDPPlugin",
     "__version__",
     "launch",
@@ -33,6 +34,7 @@ _HOMES = MappingProxyType(
         "Booster": "albireo.booster",
         "DistCoordinator": "albireo.distributed",
         "HybridAdam": "albireo.optim",
+        "LowLevelZeroPlugin": "albireo.plugins",
         "TorchDDPPlugin": "albireo.plugins",
         "launch": "albireo.distributed.from_torch",
         "launch_from_torch": "albireo.distributed",

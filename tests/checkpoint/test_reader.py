@@ -192,6 +192,20 @@ def test_reading_into_parameters_strides_and_other_dtypes(
     assert torch.equal(every_other[::2], weight.view(-1)[1:4])
 
 
+def test_a_slice_casts_numbers_of_floating_point_alone(
+    checkpoint: Path, tiny: Callable[[int], dict[str, torch.Tensor]]
+) -> None:
+    opened, weight = open_checkpoint(checkpoint), tiny(7)["model/weight"].view(-1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        part = torch.zeros(4, dtype=dtype)
+        opened.read_slice_into("model/weight", 5, part)
+        assert torch.equal(part, weight[5:9].to(dtype))
+    with pytest.raises(CheckpointError, match=r"but a tensor of torch\.int64 is to be filled"):
+        opened.read_slice_into("model/weight", 0, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(CheckpointError, match="12 elements, so 10 to 14 is no range"):
+        opened.read_slice_into("model/weight", 10, torch.zeros(4))
+
+
 @pytest.mark.usefixtures("instant_sync")
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())

@@ -33,6 +33,39 @@ def test_a_file_of_the_library_is_read(tmp_path: Path) -> None:
             saved.read_into("b", torch.tensor(0.0))
 
 
+@pytest.mark.parametrize("staging_bytes", [1, 40, 2**20])
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (1, 6), ()])
+def test_any_run_of_elements_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], staging_bytes: int
+) -> None:
+    monkeypatch.setattr("albireo.checkpoint.saved_tensors._STAGING_BYTES", staging_bytes)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    save_file({"a": tensor}, tmp_path / "file")
+    flat = tensor.reshape(-1)
+    with open_saved_tensors(tmp_path / "file", "model") as saved:
+        for start in range(flat.numel() + 1):
+            for stop in range(start, flat.numel() + 1):
+                part = torch.zeros(stop - start)
+                saved.read_slice_into("a", start, part)
+                assert torch.equal(part, flat[start:stop])
+        narrow = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+        saved.read_slice_into("a", flat.numel() - 1, narrow)
+        assert torch.equal(narrow, flat[-1:].bfloat16())
+
+
+def test_a_run_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2, 3), "empty": torch.zeros(0, 3)}, tmp_path / "file")
+    with open_saved_tensors(tmp_path / "file", "model") as saved:
+        saved.read_slice_into("empty", 0, torch.zeros(0))
+        for start, tensor in ((-1, torch.zeros(2)), (5, torch.zeros(2)), (0, torch.zeros(2, 3))):
+            with pytest.raises(CheckpointError, match=r"a in .* has 6 elements, so"):
+                saved.read_slice_into("a", start, tensor)
+        with pytest.raises(CheckpointError, match=r"holds a as torch\.float32, but torch\.int64"):
+            saved.read_slice_into("a", 0, torch.zeros(2, dtype=torch.int64))
+        with pytest.raises(CheckpointError, match="holds no tensor b"):
+            saved.read_slice_into("b", 0, torch.zeros(2))
+
+
 def index(folder: Path, stem: str, files: dict[str, dict[str, torch.Tensor]]) -> None:
     for name, tensors in files.items():
         save_file(tensors, folder / name)

@@ -20,6 +20,26 @@ def test_a_sum_of_16_bit_gradients_is_taken_in_fp32() -> None:
     assert global_norm([torch.full((1000, 1000), 100.0, dtype=torch.float16)]).item() == pytest.approx(1e5, rel=1e-5)
 
 
+@pytest.mark.parametrize("cut", [0, 3, 20])
+def test_ranks_that_hold_parts_add_their_squares(cut: int) -> None:
+    whole = torch.randn(20, generator=torch.Generator().manual_seed(2))
+    parts = [[whole[:cut]], [whole[cut:]]] if 0 < cut < 20 else [[], [whole]]
+    sums: list[torch.Tensor] = []
+
+    def collect(squares: torch.Tensor) -> torch.Tensor:
+        assert squares.dtype == torch.float64
+        assert squares.dim() == 0
+        sums.append(squares)
+        return squares
+
+    for part in parts:
+        global_norm(part, collect)
+    norms = [global_norm(part, lambda _: sums[0] + sums[1]) for part in parts]
+    assert torch.equal(*norms)
+    assert norms[0].dtype == torch.float32
+    assert norms[0].item() == pytest.approx(whole.double().norm().item(), rel=1e-7)
+
+
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_clipping_gives_torchs_own_bits(max_norm: float) -> None:
     generator = torch.Generator().manual_seed(1)

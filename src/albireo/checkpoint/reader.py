@@ -180,6 +180,17 @@ class Checkpoint:
             self._fill(name, start + first, staged)
             part.copy_(staged)
 
+    def read_slice_into(self, name: str, start: int, tensor: torch.Tensor) -> None:
+        """Fill a 1-D tensor with the elements from `start` on; numbers of floating point are cast to its dtype.
+
+        As `read_range_into`, but for the cast.
+
+        Raises:
+            CheckpointError: see `read_range_into`.
+        """
+        floats = tensor.is_floating_point() and self.info(name).dtype.is_floating_point
+        self.read_range_into(name, start, tensor, allow_cast=floats)
+
     def _resolve(self, name: str) -> str:
         saved = self.aliases.get(name, name)
         if saved not in self._manifest.tensors:

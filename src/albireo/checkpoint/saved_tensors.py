@@ -17,6 +17,7 @@ from albireo.errors import CheckpointError
 __all__ = ["SavedTensors", "TensorSource", "open_saved_tensors", "refuse_pickle"]
 
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+_STAGING_BYTES = 32 * 2**20
 _PICKLED = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 
 
@@ -39,6 +40,12 @@ class TensorSource(Protocol):
 
     def read_into(self, name: str, tensor: torch.Tensor) -> None:
         """Fill a tensor of the same shape."""
+
+    def read_slice_into(self, name: str, start: int, tensor: torch.Tensor) -> None:
+        """Fill a 1-D tensor with the elements from `start` on of the saved one, flattened in row-major order.
+
+        Numbers of floating point are cast to the tensor's dtype.
+        """
 
 
 def refuse_pickle(path: Path, suffix: str = ".safetensors") -> None:
@@ -133,8 +140,7 @@ class SavedTensors:
                 f"{self._path} holds {name} of shape {info.shape}, but {tuple(tensor.shape)} is to be filled: it "
                 "belongs to another model"
             )
-        if tensor.dtype != info.dtype and not (tensor.is_floating_point() and info.dtype.is_floating_point):
-            raise CheckpointError(f"{self._path} holds {name} as {info.dtype}, but {tensor.dtype} is to be filled")
+        self._check_dtype(name, info, tensor)
 
     def read_into(self, name: str, tensor: torch.Tensor) -> None:
         """Fill a tensor; numbers of floating point are cast to its dtype.
@@ -144,6 +150,45 @@ class SavedTensors:
         """
         self.check(name, tensor)
         tensor.detach().copy_(self.read(name))
+
+    def read_slice_into(self, name: str, start: int, tensor: torch.Tensor) -> None:
+        """Fill a 1-D tensor with a run of elements; numbers of floating point are cast to its dtype.
+
+        Args:
+            name: of the saved tensor.
+            start: the first element, in the saved tensor flattened in row-major order.
+            tensor: 1-D, on any device; its length says how many elements are read.
+
+        Raises:
+            CheckpointError: the run is not within the tensor; or see `check`.
+        """
+        info = self.info(name)
+        stop = start + tensor.numel()
+        if tensor.ndim != 1 or not 0 <= start <= stop <= info.elements:
+            raise CheckpointError(
+                f"{name} in {self._path} has {info.elements} elements, so {start} to {stop} cannot be read from it into "
+                f"a tensor of shape {tuple(tensor.shape)}: give a 1-D tensor and a run within"
+            )
+        self._check_dtype(name, info, tensor)
+        if tensor.numel() == 0:
+            return
+        if not info.shape:
+            tensor.detach().copy_(self.read(name).view(1))
+            return
+        file, key = self._places[name]
+        part = file.get_slice(key)
+        # A file is sliced by rows, so as many rows are read at a time as fit into a small buffer.
+        row = info.elements // info.shape[0]
+        rows_at_once = max(1, _STAGING_BYTES // (row * info.dtype.itemsize))
+        last = (stop - 1) // row + 1
+        for first in range(start // row, last, rows_at_once):
+            rows = part[first : min(first + rows_at_once, last)].reshape(-1)
+            begin, end = max(start, first * row), min(stop, first * row + rows.numel())
+            tensor.detach()[begin - start : end - start].copy_(rows[begin - first * row : end - first * row])
+
+    def _check_dtype(self, name: str, info: TensorInfo, tensor: torch.Tensor) -> None:
+        if tensor.dtype != info.dtype and not (tensor.is_floating_point() and info.dtype.is_floating_point):
+            raise CheckpointError(f"{self._path} holds {name} as {info.dtype}, but {tensor.dtype} is to be filled")
 
 
 @contextmanager

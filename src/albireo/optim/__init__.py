@@ -3,15 +3,21 @@
 from albireo.optim.adam import HybridAdam, adamw
 from albireo.optim.group_state import complete_names, named_groups, restore_named_groups
 from albireo.optim.groups import decay_groups
+from albireo.optim.host_stepper import HostStepper, Ticket, stepper_threads
+from albireo.optim.loss_scale import LossScale, LossScalePolicy
 from albireo.optim.norm import clip_by_norm, global_norm
 from albireo.optim.schedule import learning_rate_factor, scheduler_for, set_scheduler_step, warmup_steps_of
 from albireo.optim.state import named_state, restore_named_state
 from albireo.optim.wrapper import OptimizerWrapper, ScaledOptimizer
 
 __all__ = [
+    "HostStepper",
     "HybridAdam",
+    "LossScale",
+    "LossScalePolicy",
     "OptimizerWrapper",
     "ScaledOptimizer",
+    "Ticket",
     "adamw",
     "clip_by_norm",
     "complete_names",
@@ -24,5 +30,6 @@ __all__ = [
     "restore_named_state",
     "scheduler_for",
     "set_scheduler_step",
+    "stepper_threads",
     "warmup_steps_of",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -11,25 +11,37 @@ __all__ = ["clip_by_norm", "global_norm"]
 _BLOCK = 512
 
 
-def global_norm(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+def global_norm(
+    gradients: Iterable[torch.Tensor], sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
     """Return the Euclidean norm of all gradients together.
 
     Args:
-        gradients: tensors of any shapes on one device.
+        gradients: tensors of any shapes on one device. If ranks hold parts of the gradients, this rank's parts.
+        sum_over_ranks: where ranks hold parts: takes this rank's sum of squares, an fp64 scalar, and returns that of
+            all ranks, the same bits on each. It is called on every rank; on one without gradients with a zero that
+            lies on the host.
 
     Returns:
-        An fp32 scalar on that device; zero if there is no gradient.
+        An fp32 scalar on that device; zero if there is no gradient. Of no gradients it lies on the host, or where
+        `sum_over_ranks` put it.
     """
-    tensors = list(gradients)
+    squares = _sum_of_squares(list(gradients))
+    if sum_over_ranks is not None:
+        squares = sum_over_ranks(squares)
+    return squares.sqrt().float()
+
+
+def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the sum over all elements, an fp64 scalar."""
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float64)
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     if tensors[0].is_cuda:
         norms = list(torch._foreach_norm(tensors, 2.0, dtype=dtype))  # noqa: SLF001  as torch.nn.utils does
     else:
         norms = [part for tensor in tensors for part in _host_norms(tensor, dtype)]
-    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms).double())
-    return total.float()
+    return torch.stack(norms).double().square().sum()
 
 
 def _host_norms(tensor: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:

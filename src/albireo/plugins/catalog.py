@@ -8,6 +8,7 @@ from types import MappingProxyType
 from albireo.config import PluginConfig
 from albireo.errors import ConfigError
 from albireo.plugins.base import Plugin
+from albireo.plugins.low_level_zero import LowLevelZeroPlugin
 from albireo.plugins.torch_ddp import TorchDDPPlugin
 
 __all__ = ["PLUGINS", "make_plugin"]
@@ -17,10 +18,17 @@ def _torch_ddp(config: PluginConfig) -> Plugin:
     return TorchDDPPlugin(precision=config.precision or "fp32")
 
 
+def _low_level_zero(config: PluginConfig) -> Plugin:
+    return LowLevelZeroPlugin(
+        stage=config.zero_stage or 2, precision=config.precision or "fp32", cpu_offload=config.cpu_offload
+    )
+
+
 PLUGINS: Mapping[str, Callable[[PluginConfig], Plugin]] = MappingProxyType(
     {
         "torch_ddp": _torch_ddp,
         "torch_ddp_fp16": _torch_ddp,  # `resolve` has set the precision
+        "low_level_zero": _low_level_zero,
     }
 )
 

@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from albireo.checkpoint import TensorSlice, TensorSource, whole
 from albireo.distributed import World
-from albireo.errors import CheckpointError, ConfigError
+from albireo.errors import ConfigError
 from albireo.optim import OptimizerWrapper, ScaledOptimizer, named_state, restore_named_state
 from albireo.plugins.base import Criterion, ModelWrapper, Plugin
+from albireo.plugins.importing import check_model_source
 
 __all__ = ["TorchDDPPlugin"]
 
@@ -142,12 +143,7 @@ class TorchDDPPlugin(Plugin):
 
     def import_model(self, model: ModelWrapper, names: Mapping[torch.Tensor, str], source: TensorSource) -> None:
         """See the base class."""
-        saved = set(source.names("model/")) - set(source.aliases)
-        wanted = {f"model/{name}" for name in names.values()}
-        for missing in sorted(wanted - saved):
-            raise CheckpointError(f"{source.path} has no {missing}: it belongs to another model")
-        for unknown in sorted(saved - wanted):
-            raise CheckpointError(f"{source.path} has {unknown}, which this model has not: it belongs to another")
+        check_model_source(source, names)
         with torch.no_grad():
             for tensor, name in names.items():
                 source.read_into(f"model/{name}", tensor)

@@ -1,0 +1,65 @@
+"""Modules and criteria around a 16-bit copy of a model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["CastInputs", "CriterionInFp32"]
+
+
+class CastInputs(nn.Module):
+    """Calls a module with inputs of floating point in its own dtype.
+
+    Args:
+        module: what computes in `dtype`.
+        dtype: a 16-bit one.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module
+        self._dtype = dtype
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self.module(*_cast(args, self._dtype), **_cast(kwargs, self._dtype))
+
+
+class CriterionInFp32(nn.Module):
+    """Calls a criterion with what is of floating point in fp32, so that a loss keeps its bits.
+
+    Args:
+        criterion: computes a loss from outputs and labels.
+    """
+
+    def __init__(self, criterion: Callable[..., Any]) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the criterion."""
+        return self.criterion(*_cast(args, torch.float32), **_cast(kwargs, torch.float32))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Cast tensors in what functions take and return; what else there is passes through."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_cast(item, dtype) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_cast(item, dtype) for item in value)
+    if type(value) is dict:
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    if isinstance(value, MutableMapping):
+        # Such as the outputs of a transformers model, which are also attributes of the same names.
+        copied = copy.copy(value)
+        for key, item in value.items():
+            copied[key] = _cast(item, dtype)
+        return copied
+    return value

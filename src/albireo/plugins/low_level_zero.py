@@ -1,0 +1,286 @@
+"""ZeRO stages 1 and 2 (Rajbhandari et al., 2020): every rank computes with whole weights and owns its part of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import nn
+
+from albireo.checkpoint import TensorSlice, TensorSource, whole
+from albireo.distributed import World
+from albireo.distributed.collectives import broadcast
+from albireo.errors import ConfigError
+from albireo.optim import LossScale, LossScalePolicy, OptimizerWrapper
+from albireo.plugins.base import Criterion, ModelWrapper, Plugin
+from albireo.plugins.casting import CastInputs, CriterionInFp32
+from albireo.plugins.importing import check_model_source
+from albireo.plugins.state_files import on_all
+from albireo.sharding import (
+    Bucket,
+    Fragment,
+    Gradients,
+    LocalGradients,
+    ReducedGradients,
+    ShardedOptimizer,
+    fragment_slice,
+    make_buckets,
+    optimizer_slices,
+    restore_optimizer,
+)
+
+__all__ = ["LowLevelZeroPlugin"]
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class _ShardedModel(ModelWrapper):
+    """A model whose parameters lie in buckets.
+
+    Attributes:
+        buckets: all of them.
+        gradients: what takes the gradients of those that are trained; None without an optimizer.
+        world: the ranks.
+    """
+
+    def __init__(
+        self, module: nn.Module, original: nn.Module, buckets: list[Bucket], gradients: Gradients | None, world: World
+    ) -> None:
+        super().__init__(module, original)
+        self.buckets = buckets
+        self.gradients = gradients
+        self.world = world
+
+    @property
+    def fragments(self) -> Iterable[Fragment]:
+        """This rank's part of all parameters."""
+        return (fragment for bucket in self.buckets for fragment in bucket.fragments)
+
+
+class LowLevelZeroPlugin(Plugin):
+    """Every rank computes with whole weights in the plugin's precision, and owns its part of fp32 weights and states.
+
+    Stage 1 all-reduces gradients, once a step; stage 2 reduce-scatters them, so that a rank keeps only its part. Both
+    reduce in fp32 while backward runs. Names and meanings of the arguments are those of Colossal-AI.
+
+    Args:
+        stage: 1 or 2.
+        precision: "fp32", "fp16" (with a dynamic loss scale) or "bf16"; None: that of the facade, or else fp16.
+        initial_scale: the first loss scale.
+        min_scale: it never falls below this.
+        growth_factor: what it is multiplied by after `growth_interval` steps without overflow.
+        backoff_factor: what it is multiplied by after an overflow.
+        growth_interval: see `growth_factor`.
+        hysteresis: how many overflows it takes until each makes it fall.
+        max_scale: it never grows beyond this.
+        max_norm: clip the gradient to this global norm in every step that has not clipped it otherwise; 0 does not.
+        reduce_bucket_size_in_m: gradients are reduced in buckets of about so many million elements.
+        communication_dtype: None or torch.float32: sums over ranks are made in fp32.
+        overlap_communication: reduce while backward runs.
+        overlap_allgather: fetch new weights while others are stepped.
+        cpu_offload: False; True is refused.
+        master_weights: True; False is refused.
+
+    Raises:
+        ConfigError: an option has no such value.
+    """
+
+    name = "low_level_zero"
+    compute_form = "copy"
+
+    def __init__(  # noqa: PLR0913  the arguments are those that scripts pass
+        self,
+        stage: int = 1,
+        precision: str | None = None,
+        initial_scale: float = 2.0**16,
+        min_scale: float = 1.0,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 1000,
+        hysteresis: int = 2,
+        max_scale: float = 2.0**32,
+        max_norm: float = 0.0,
+        reduce_bucket_size_in_m: float = 12,
+        communication_dtype: torch.dtype | None = None,
+        overlap_communication: bool = True,
+        overlap_allgather: bool = True,
+        cpu_offload: bool = False,
+        master_weights: bool = True,
+    ) -> None:
+        if stage not in (1, 2):
+            raise ConfigError(f"stage is 1 or 2, not {stage!r}; TorchFSDPPlugin shards weights too (stage 3)")
+        if communication_dtype not in (None, torch.float32):
+            raise ConfigError(
+                f"gradients are reduced in fp32, not in {communication_dtype}: leave communication_dtype out"
+            )
+        if not master_weights:
+            raise ConfigError("fp32 weights are always kept: leave master_weights=True")
+        if cpu_offload:
+            raise ConfigError("cpu_offload is not there yet: take TorchFSDPPlugin(cpu_offload=True)")
+        if max_norm < 0:
+            raise ConfigError(f"max_norm is a bound, or 0 for none, not {max_norm:g}")
+        if not reduce_bucket_size_in_m > 0:
+            raise ConfigError(f"reduce_bucket_size_in_m is more than 0, not {reduce_bucket_size_in_m:g}")
+        self.stage: Literal[1, 2] = 1 if stage == 1 else 2
+        self._precision_given = precision is not None
+        self.precision = _checked("fp16" if precision is None else precision)
+        self._policy = LossScalePolicy(
+            initial_scale, min_scale, max_scale, growth_factor, backoff_factor, growth_interval, hysteresis
+        )
+        self._max_norm = max_norm
+        self._bucket_elements = max(1, int(reduce_bucket_size_in_m * 2**20))
+        self._overlap_communication = overlap_communication
+        self._overlap_gather = overlap_allgather
+
+    def choose_precision(self, precision: str) -> None:
+        """See the base class."""
+        _checked(precision)
+        if self._precision_given:
+            super().choose_precision(precision)
+        self.precision, self._precision_given = precision, True
+
+    def configure(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
+    ) -> tuple[ModelWrapper, OptimizerWrapper | None]:
+        """See the base class."""
+        if optimizer is not None:
+            ShardedOptimizer.check(optimizer)
+        dtype = _DTYPES[self.precision]
+        parameters = [p for p in model.parameters() if p.is_floating_point() and p.numel() > 0]
+        for parameter in parameters:
+            if parameter.dtype == torch.float64:
+                raise ConfigError("fp64 weights cannot be sharded: call model.float() first, or take TorchDDPPlugin")
+        _make_equal(model, world)
+        stepped = {p for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
+        trained = [p for p in parameters if p.requires_grad and p in stepped]
+        others = [p for p in parameters if not (p.requires_grad and p in stepped)]
+        made = make_buckets(trained, dtype, world, bucket_elements=self._bucket_elements)
+        kept = make_buckets(others, dtype, world, bucket_elements=self._bucket_elements)
+        gradients: Gradients | None = None
+        wrapped: OptimizerWrapper | None = None
+        if optimizer is not None:
+            gradients = self._gradients(made, world)
+            wrapped = ShardedOptimizer(
+                optimizer,
+                gradients,
+                world,
+                loss_scale=LossScale(self._policy, world.device) if self.precision == "fp16" else None,
+                max_norm=self._max_norm,
+                overlap_gather=self._overlap_gather,
+            )
+        module = model if dtype == torch.float32 else CastInputs(model, dtype)
+        return _ShardedModel(module, model, [*made, *kept], gradients, world), wrapped
+
+    def configure_criterion(self, criterion: Criterion, world: World) -> Criterion:
+        """See the base class: a loss of 16-bit outputs is computed in fp32."""
+        return criterion if self.precision == "fp32" else CriterionInFp32(criterion)
+
+    def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
+        """See the base class: gradients are added up whole, in fp32, until a backward outside of this context."""
+        gradients = _sharded(model).gradients
+        return nullcontext() if gradients is None else gradients.kept_local()
+
+    def accumulation_context(self, model: ModelWrapper) -> AbstractContextManager[None]:
+        """See the base class: in stage 2 there is no room for whole gradients, so each micro-batch's are reduced."""
+        return self.no_sync(model) if self.stage == 1 else nullcontext()
+
+    def export_model(
+        self, model: ModelWrapper, names: Mapping[torch.Tensor, str], world: World
+    ) -> Iterable[TensorSlice]:
+        """See the base class: weights in fp32, by their owners."""
+        sharded: set[torch.Tensor] = set()
+        for bucket in _sharded(model).buckets:
+            sharded.update(bucket.parameters)
+            for fragment in bucket.fragments:
+                if fragment.parameter in names:
+                    yield fragment_slice(f"model/{names[fragment.parameter]}", fragment, fragment.master)
+        for tensor, name in names.items() if world.is_main else ():
+            if tensor not in sharded:
+                yield whole(f"model/{name}", tensor)
+
+    def export_optimizer(
+        self,
+        optimizer: OptimizerWrapper,
+        names: Mapping[nn.Parameter, str],
+        world: World,
+    ) -> Iterable[TensorSlice]:
+        """See the base class: states by their owners."""
+        wrapped = _sharded_optimizer(optimizer)
+        return optimizer_slices(wrapped.unwrap(), wrapped.fragments, names)
+
+    def export_gradients(
+        self,
+        optimizer: OptimizerWrapper,
+        names: Mapping[nn.Parameter, str],
+        world: World,
+    ) -> Iterable[TensorSlice]:
+        """See the base class: gradients by their owners."""
+        for fragment, gradient in _sharded_optimizer(optimizer).exported_gradients():
+            yield fragment_slice(f"gradient/{names[fragment.parameter]}", fragment, gradient)
+
+    def import_model(self, model: ModelWrapper, names: Mapping[torch.Tensor, str], source: TensorSource) -> None:
+        """See the base class: each rank reads its own part."""
+        sharded = _sharded(model)
+        owned: dict[torch.Tensor, Fragment] = {fragment.parameter: fragment for fragment in sharded.fragments}
+        in_buckets: set[torch.Tensor] = {p for bucket in sharded.buckets for p in bucket.parameters}
+
+        def read() -> None:
+            check_model_source(source, names)
+            with torch.no_grad():
+                for tensor, name in names.items():
+                    if tensor not in in_buckets:
+                        source.read_into(f"model/{name}", tensor)
+                    elif tensor in owned:
+                        fragment = owned[tensor]
+                        source.read_slice_into(f"model/{name}", fragment.cut.start, fragment.master)
+
+        # A rank that cannot read must not leave the others waiting for its part.
+        on_all(sharded.world, read)
+        for bucket in sharded.buckets:
+            bucket.refresh_partition()
+            bucket.gather().wait()
+
+    def import_optimizer(
+        self, optimizer: OptimizerWrapper, names: Mapping[nn.Parameter, str], source: TensorSource
+    ) -> None:
+        """See the base class: each rank reads its own part."""
+        wrapped = _sharded_optimizer(optimizer)
+        stepped = {p: names[p] for group in wrapped.model_groups for p in group}
+        restore_optimizer(wrapped.unwrap(), wrapped.fragments, stepped, source)
+
+    def _gradients(self, buckets: list[Bucket], world: World) -> Gradients:
+        if world.world_size == 1:
+            return LocalGradients(buckets)
+        return ReducedGradients(buckets, world, scatter=self.stage == 2, overlap=self._overlap_communication)
+
+
+def _make_equal(model: nn.Module, world: World) -> None:
+    """Give all ranks the main rank's weights, as torch's DistributedDataParallel does."""
+    if world.world_size == 1:
+        return
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            flat = tensor.detach().contiguous()
+            broadcast(flat).wait()
+            if flat.data_ptr() != tensor.data_ptr():
+                tensor.copy_(flat)
+
+
+def _sharded(model: ModelWrapper) -> _ShardedModel:
+    if not isinstance(model, _ShardedModel):
+        raise ConfigError("give the model that boost returned with this plugin")
+    return model
+
+
+def _sharded_optimizer(optimizer: OptimizerWrapper) -> ShardedOptimizer:
+    if not isinstance(optimizer, ShardedOptimizer):
+        raise ConfigError("give the optimizer that boost returned with this plugin")
+    return optimizer
+
+
+def _checked(precision: str) -> str:
+    if precision not in _DTYPES:
+        raise ConfigError(f"precision is one of {', '.join(_DTYPES)}, not {precision!r}")
+    return precision

@@ -1,0 +1,25 @@
+"""Weights, gradients and optimizer states in flat buffers, of which each rank owns its part: ZeRO stages 1 and 2."""
+
+from albireo.sharding.bucket import Bucket, Fragment, make_buckets
+from albireo.sharding.flat import ALIGNMENT, Cut, FlatLayout, Segment, plan_buckets
+from albireo.sharding.gradients import Gradients, LocalGradients, ReducedGradients
+from albireo.sharding.optimizer import ShardedOptimizer
+from albireo.sharding.state import fragment_slice, optimizer_slices, restore_optimizer
+
+__all__ = [
+    "ALIGNMENT",
+    "Bucket",
+    "Cut",
+    "FlatLayout",
+    "Fragment",
+    "Gradients",
+    "LocalGradients",
+    "ReducedGradients",
+    "Segment",
+    "ShardedOptimizer",
+    "fragment_slice",
+    "make_buckets",
+    "optimizer_slices",
+    "plan_buckets",
+    "restore_optimizer",
+]

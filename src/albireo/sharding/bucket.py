@@ -1,0 +1,108 @@
+"""Buckets: parameters in one flat buffer, of which each rank owns a part in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from albireo.distributed import World
+from albireo.distributed.collectives import Transfer, all_gather_into
+from albireo.sharding.flat import Cut, FlatLayout, plan_buckets
+
+__all__ = ["Bucket", "Fragment", "make_buckets"]
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """The part of one parameter that this rank owns.
+
+    Attributes:
+        parameter: the user's, whole; what computes.
+        segment: its number in the bucket.
+        cut: which of its elements.
+        master: these elements in fp32, 1-D: what an optimizer steps.
+        compute: the same elements where the parameter itself has them, 1-D. In fp32 it is the master's own memory.
+    """
+
+    parameter: nn.Parameter
+    segment: int
+    cut: Cut
+    master: nn.Parameter
+    compute: torch.Tensor
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that has the parameter's first element."""
+        return self.cut.start == 0
+
+
+class Bucket:
+    """Some parameters in one flat buffer. Making it moves them there: they become views of the buffer.
+
+    Args:
+        parameters: of floating point, not fp64, on one device.
+        dtype: what computes.
+        world: the ranks that share it.
+
+    Attributes:
+        parameters: in the order of the segments.
+        layout: where each lies.
+        compute: the buffer that computes, 1-D [layout.numel].
+        partition: this rank's part of it, 1-D.
+        master: this rank's part in fp32, 1-D; in fp32 the same memory as `partition`.
+        fragments: this rank's parts of parameters.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype, world: World) -> None:
+        self.parameters = tuple(parameters)
+        self.layout = FlatLayout.of([parameter.shape for parameter in parameters], world.world_size)
+        device = parameters[0].device
+        self.compute = torch.zeros(self.layout.numel, dtype=dtype, device=device)
+        first = world.rank * self.layout.partition_numel
+        self.partition = self.compute[first : first + self.layout.partition_numel]
+        shared = dtype == torch.float32
+        self.master = self.partition if shared else torch.zeros_like(self.partition, dtype=torch.float32)
+        cuts = {cut.segment: cut for cut in self.layout.cuts(world.rank)}
+        fragments = []
+        for number, (parameter, segment) in enumerate(zip(self.parameters, self.layout.segments, strict=True)):
+            flat = parameter.detach().reshape(-1)
+            self.compute[segment.offset : segment.stop].copy_(flat)
+            if number in cuts:
+                cut = cuts[number]
+                place = slice(cut.offset, cut.offset + cut.numel)
+                self.master[place].copy_(flat[cut.start : cut.stop])
+                master = nn.Parameter(self.master[place], requires_grad=parameter.requires_grad)
+                fragments.append(Fragment(parameter, number, cut, master, self.partition[place]))
+            # The old memory goes with this, one parameter at a time: there are never two copies of a whole model.
+            parameter.data = self.compute[segment.offset : segment.stop].view(parameter.shape)
+        self.fragments = tuple(fragments)
+
+    def refresh_partition(self) -> None:
+        """Cast this rank's fp32 weights into the buffer that computes."""
+        if self.master.data_ptr() != self.partition.data_ptr():
+            self.partition.copy_(self.master)
+
+    def gather(self) -> Transfer:
+        """Fetch all ranks' partitions into the buffer that computes; to be waited for before it is read."""
+        if self.layout.ranks == 1:
+            return Transfer(None)
+        return all_gather_into(self.compute, self.partition)
+
+
+def make_buckets(
+    parameters: Sequence[nn.Parameter], dtype: torch.dtype, world: World, *, bucket_elements: int
+) -> list[Bucket]:
+    """Deal parameters to buckets, the last first: about the order in which their gradients come.
+
+    Args:
+        parameters: in the order in which forward uses them.
+        dtype: what computes.
+        world: the ranks that share them.
+        bucket_elements: about how many elements a bucket has.
+    """
+    backward_order = list(reversed(parameters))
+    plan = plan_buckets([parameter.numel() for parameter in backward_order], bucket_elements)
+    return [Bucket([backward_order[number] for number in numbers], dtype, world) for numbers in plan]

@@ -1,0 +1,321 @@
+"""Gradients on their way from autograd to the fragments that are stepped: taken, added up, reduced over ranks.
+
+All ranks call the same collectives in the same order: a bucket is reduced after those before it, whatever order they
+fill in. `finish` ends a backward; it must be called on all ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from albireo.distributed import World
+from albireo.distributed.collectives import Transfer, all_reduce, reduce_scatter
+from albireo.errors import ConfigError
+from albireo.sharding.bucket import Bucket, Fragment
+
+__all__ = ["Gradients", "LocalGradients", "ReducedGradients"]
+
+# Reductions under way at a time: one is sent while the next bucket fills. Each holds a bucket in fp32.
+_UNDER_WAY = 2
+
+
+class Gradients(ABC):
+    """Takes each parameter's gradient when it is complete, and keeps what this rank steps.
+
+    Args:
+        buckets: whose parameters, in the order in which they are to be reduced.
+
+    Attributes:
+        buckets: the same.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self.buckets = tuple(buckets)
+        self._reducing = True
+        self._factor: torch.Tensor | None = None
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._hook(bucket, number))  # type: ignore[no-untyped-call]
+            for bucket in self.buckets
+            for number, parameter in enumerate(bucket.parameters)
+        ]
+
+    @contextmanager
+    def kept_local(self) -> Iterator[None]:
+        """Within it, gradients are added up on this rank, and nothing is sent."""
+        before, self._reducing = self._reducing, False
+        try:
+            yield
+        finally:
+            self._reducing = before
+
+    @abstractmethod
+    def finish(self) -> None:
+        """End a backward; called on all ranks."""
+
+    @abstractmethod
+    def take(self, bucket: Bucket, number: int, gradient: torch.Tensor) -> None:
+        """Add a parameter's gradient.
+
+        Args:
+            bucket: where the parameter is.
+            number: its segment.
+            gradient: of its shape; from now on nobody else's.
+        """
+
+    @abstractmethod
+    def of(self, fragment: Fragment) -> torch.Tensor | None:
+        """Return a fragment's gradient as it is kept, 1-D, in fp32 or narrower; None if no rank has one."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Forget all gradients."""
+
+    @property
+    def is_scaled(self) -> bool:
+        """True once `scale` has been called."""
+        return self._factor is not None
+
+    def scale(self, factor: torch.Tensor) -> None:
+        """Multiply all gradients. 16-bit ones are left as they are: in fp32 they are multiplied when they are cast.
+
+        Args:
+            factor: an fp32 scalar on the device.
+        """
+        self._factor = factor if self._factor is None else self._factor * factor
+        wide = [gradient for _, gradient in self.kept() if gradient.dtype == torch.float32]
+        if wide:
+            torch._foreach_mul_(wide, factor)
+
+    def kept(self) -> Iterator[tuple[Fragment, torch.Tensor]]:
+        """Yield each fragment that has a gradient, and the gradient as it is kept, in the buckets' order."""
+        for bucket in self.buckets:
+            for fragment in bucket.fragments:
+                gradient = self.of(fragment)
+                if gradient is not None:
+                    yield fragment, gradient
+
+    def cast(self, gradients: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
+        """Cast 16-bit gradients to fp32, and scale them as the others have been.
+
+        Args:
+            gradients: as they are kept.
+            out: fp32 tensors of the same shapes.
+        """
+        torch._foreach_copy_(list(out), list(gradients))
+        if self._factor is not None:
+            torch._foreach_mul_(list(out), self._factor)
+
+    def detach(self) -> None:
+        """Take the hooks off the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook(self, bucket: Bucket, number: int) -> Callable[[torch.Tensor], None]:
+        def take(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                return
+            if gradient.layout != torch.strided:
+                raise ConfigError("low_level_zero needs dense gradients: make the embedding with sparse=False")
+            if self.is_scaled:
+                raise RuntimeError(
+                    "backward was called on gradients that have been clipped: clip once, after the last backward of a step"
+                )
+            self.take(bucket, number, gradient.detach())
+
+        return take
+
+
+class LocalGradients(Gradients):
+    """Gradients of a rank that is alone: each stays in the memory that autograd put it in.
+
+    A single micro-batch's 16-bit gradients stay 16-bit, for their fp32 values are the same; a second one's are added up
+    in fp32.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        super().__init__(buckets)
+        self._kept: dict[nn.Parameter, torch.Tensor] = {}
+
+    def take(self, bucket: Bucket, number: int, gradient: torch.Tensor) -> None:
+        """See the base class."""
+        parameter = bucket.parameters[number]
+        kept = self._kept.get(parameter)
+        if kept is None:
+            self._kept[parameter] = gradient.reshape(-1)
+            return
+        if kept.dtype != torch.float32:
+            kept = self._kept[parameter] = kept.float()
+        kept.add_(gradient.reshape(-1))
+
+    def finish(self) -> None:
+        """See the base class: there is nothing to be sent."""
+
+    def of(self, fragment: Fragment) -> torch.Tensor | None:
+        """See the base class."""
+        return self._kept.get(fragment.parameter)
+
+    def clear(self) -> None:
+        """See the base class."""
+        self._kept.clear()
+        self._factor = None
+
+
+class _Filling:
+    """What one bucket's gradients are doing."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        self.bucket = bucket
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew."""
+        # Sums of this rank, in fp32, and the segments that they hold.
+        self.buffer: torch.Tensor | None = None
+        self.valid = [False] * len(self.bucket.parameters)
+        # The segments whose gradients came in this backward.
+        self.arrived = [False] * len(self.bucket.parameters)
+        # This rank's partition of the means over ranks, in fp32.
+        self.reduced: torch.Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        return all(self.arrived)
+
+    def add(self, number: int, gradient: torch.Tensor) -> None:
+        """Add to the fp32 buffer."""
+        if self.buffer is None:
+            self.buffer = torch.empty(self.bucket.layout.numel, dtype=torch.float32, device=gradient.device)
+        segment = self.bucket.layout.segments[number]
+        place = self.buffer[segment.offset : segment.stop].view(segment.shape)
+        if self.valid[number]:
+            place.add_(gradient)
+        else:
+            place.copy_(gradient)
+            self.valid[number] = True
+
+    def take_buffer(self) -> torch.Tensor:
+        """Return the buffer, with zeros for what never came, and begin another."""
+        buffer, layout = self.buffer, self.bucket.layout
+        if buffer is None:
+            buffer = torch.zeros(layout.numel, dtype=torch.float32, device=self.bucket.compute.device)
+        else:
+            for segment, valid in zip(layout.segments, self.valid, strict=True):
+                if not valid:
+                    buffer[segment.offset : segment.stop].zero_()
+        self.buffer = None
+        self.valid = [False] * len(self.valid)
+        return buffer
+
+
+class ReducedGradients(Gradients):
+    """Gradients that are averaged over ranks in fp32, of which each rank keeps its partition.
+
+    Args:
+        buckets: whose parameters.
+        world: the ranks.
+        scatter: each rank gets the sums of its partition alone (stage 2), or all sums, of which it keeps its own.
+        overlap: reduce while backward runs; else each reduction is waited for.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], world: World, *, scatter: bool, overlap: bool) -> None:
+        self._world = world
+        self._scatter = scatter
+        self._most_under_way = _UNDER_WAY if overlap else 0
+        self._fillings = [_Filling(bucket) for bucket in buckets]
+        self._places = {p: number for number, bucket in enumerate(buckets) for p in bucket.parameters}
+        self._next = 0
+        self._under_way: deque[tuple[_Filling, Transfer, torch.Tensor]] = deque()
+        # Which parameters had a gradient since the last `clear`: on this rank, and on any.
+        self._touched: dict[nn.Parameter, bool] = {p: False for bucket in buckets for p in bucket.parameters}
+        self._agreed: set[nn.Parameter] = set()
+        super().__init__(buckets)
+
+    def take(self, bucket: Bucket, number: int, gradient: torch.Tensor) -> None:
+        """See the base class."""
+        parameter = bucket.parameters[number]
+        place = self._places[parameter]
+        filling = self._fillings[place]
+        if self._reducing and place < self._next:
+            raise RuntimeError(
+                "a gradient came after its bucket was reduced: call booster.backward once for each loss, and give "
+                "activation checkpointing use_reentrant=False"
+            )
+        filling.add(number, gradient)
+        filling.arrived[number] = True
+        self._touched[parameter] = True
+        if self._reducing:
+            while self._next < len(self._fillings) and self._fillings[self._next].complete:
+                self._reduce_next()
+
+    def finish(self) -> None:
+        """Reduce what has not been, and learn which parameters any rank has a gradient of."""
+        if self._reducing:
+            self._agree()
+            for bucket in self.buckets[self._next :]:
+                # All ranks agree on this, so all leave out the same ones.
+                if self._agreed.isdisjoint(bucket.parameters):
+                    self._next += 1
+                else:
+                    self._reduce_next()
+            self._settle(0)
+            self._next = 0
+        for filling in self._fillings:
+            filling.arrived = [False] * len(filling.arrived)
+
+    def of(self, fragment: Fragment) -> torch.Tensor | None:
+        """See the base class."""
+        reduced = self._fillings[self._places[fragment.parameter]].reduced
+        if reduced is None or fragment.parameter not in self._agreed:
+            return None
+        return reduced[fragment.cut.offset : fragment.cut.offset + fragment.cut.numel]
+
+    def clear(self) -> None:
+        """See the base class."""
+        # A collective under way still writes into its tensors.
+        self._settle(0)
+        for filling in self._fillings:
+            filling.forget()
+        self._next = 0
+        self._touched = dict.fromkeys(self._touched, False)
+        self._agreed = set()
+        self._factor = None
+
+    def _reduce_next(self) -> None:
+        filling = self._fillings[self._next]
+        self._next += 1
+        buffer = filling.take_buffer()
+        layout = filling.bucket.layout
+        if self._scatter:
+            result = buffer.new_empty(layout.partition_numel)
+            transfer = reduce_scatter(result, buffer)
+        else:
+            transfer = all_reduce(buffer)
+            first = self._world.rank * layout.partition_numel
+            result = buffer[first : first + layout.partition_numel]
+        self._under_way.append((filling, transfer, result))
+        self._settle(self._most_under_way)
+
+    def _settle(self, keep: int) -> None:
+        """Wait for the oldest reductions, and add what they brought to the partitions."""
+        while len(self._under_way) > keep:
+            filling, transfer, result = self._under_way.popleft()
+            transfer.wait()
+            mean = 1.0 / self._world.world_size
+            if filling.reduced is None:
+                # Multiplied into memory of its own size: with an all-reduce, the result is a part of a whole buffer.
+                filling.reduced = result.mul_(mean) if self._scatter else result * mean
+            else:
+                filling.reduced.add_(result, alpha=mean)
+
+    def _agree(self) -> None:
+        flags = torch.tensor([float(touched) for touched in self._touched.values()])
+        flags = self._world.sum_in_place(flags)
+        self._agreed = {p for p, ranks in zip(self._touched, flags.tolist(), strict=True) if ranks > 0}

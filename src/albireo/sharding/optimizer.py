@@ -1,0 +1,308 @@
+"""An optimizer over the fragments that this rank owns: the user's own, stepped a bounded number of elements at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from albireo.distributed import World
+from albireo.distributed.collectives import Transfer, sum_in_rank_order
+from albireo.errors import ConfigError
+from albireo.optim import LossScale, OptimizerWrapper, global_norm
+from albireo.sharding.bucket import Bucket, Fragment
+from albireo.sharding.gradients import Gradients
+
+__all__ = ["ShardedOptimizer"]
+
+# What is stepped at a time, in elements: 16-bit gradients are cast into a scratch of so many fp32 numbers (128 MB).
+_STEP_ELEMENTS = 2**25
+# Their steps are no function of each element alone, so a part of a parameter cannot be stepped without the rest.
+_NOT_ELEMENT_WISE = ("LBFGS", "Adafactor", "Muon", "SparseAdam")
+
+
+class ShardedOptimizer(OptimizerWrapper):
+    """Wraps an element-wise torch optimizer; its groups come to hold this rank's fragments.
+
+    Args:
+        optimizer: over the parameters of the buckets.
+        gradients: takes and keeps their gradients.
+        world: the ranks.
+        loss_scale: for fp16.
+        max_norm: clip to this norm in `step`, if it has not been done before; 0 does not.
+        overlap_gather: fetch the new weights of a bucket while the next is stepped.
+
+    Raises:
+        ConfigError: the optimizer is not element-wise, or has states already.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradients: Gradients,
+        world: World,
+        *,
+        loss_scale: LossScale | None = None,
+        max_norm: float = 0.0,
+        overlap_gather: bool = True,
+    ) -> None:
+        self.check(optimizer)
+        super().__init__(optimizer)
+        self._gradients = gradients
+        self._world = world
+        self._loss_scale = loss_scale
+        self._max_norm = max_norm
+        self._overlap_gather = overlap_gather
+        self._unfinished = False
+        self._scaled = False
+        fragments = {fragment.parameter: fragment for bucket in gradients.buckets for fragment in bucket.fragments}
+        self._model_groups = [tuple(group["params"]) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["params"] = [fragments[p].master for p in group["params"] if p in fragments]
+
+    @staticmethod
+    def check(optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that cannot step a part of a parameter, or that has begun.
+
+        Raises:
+            ConfigError: with what to do instead.
+        """
+        for kind in type(optimizer).__mro__:
+            if kind.__name__ in _NOT_ELEMENT_WISE:
+                raise ConfigError(
+                    f"{kind.__name__} steps a parameter as a whole, and sharding cuts parameters: take HybridAdam or another "
+                    "element-wise optimizer, or TorchDDPPlugin"
+                )
+        if optimizer.state:
+            raise ConfigError(
+                "this optimizer has states already, which sharding would lose: boost it first, then booster.load_optimizer"
+            )
+
+    @property
+    def model_groups(self) -> list[tuple[nn.Parameter, ...]]:
+        """The user's parameters, by group."""
+        return self._model_groups
+
+    @property
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank steps, in the buckets' order."""
+        for bucket in self._gradients.buckets:
+            yield from bucket.fragments
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Return this rank's gradients as they are kept: 1-D, in fp32 or narrower."""
+        self._finish()
+        return [gradient for _, gradient in self._gradients.kept()]
+
+    def exported_gradients(self) -> Iterator[tuple[Fragment, torch.Tensor]]:
+        """Yield each fragment that has a gradient, and the gradient in fp32 without the loss scale."""
+        self._finish()
+        unscaled = self._gradients.is_scaled or not self._scaled
+        for fragment, gradient in self._gradients.kept():
+            wide = gradient
+            if gradient.dtype != torch.float32:
+                wide = torch.empty_like(gradient, dtype=torch.float32)
+                self._gradients.cast([gradient], [wide])
+            yield fragment, wide if unscaled or self._loss_scale is None else wide / self._loss_scale.value
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the loss's gradients, and average them over ranks unless they are kept local.
+
+        Args:
+            loss: a scalar.
+        """
+        self._grad_norm = None
+        self._unfinished = True
+        if self._loss_scale is not None:
+            self._scaled = True
+            loss = loss * self._loss_scale.value
+        torch.autograd.backward(loss)
+        self._finish()
+
+    def clip_grad_by_norm(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        """Unscale the gradients, and clip them by their global norm; see the base class."""
+        if norm_type != 2.0:
+            raise ConfigError(f"gradients are clipped by their Euclidean norm: norm_type is 2, not {norm_type}")
+        norm = self._norm()
+        factor = None
+        if max_norm > 0:
+            # The same small addend as torch.nn.utils.clip_grad_norm_.
+            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        self._scale_gradients(factor)
+        return norm
+
+    def clip_grad_by_value(self, clip_value: float) -> None:
+        """Refuse: 16-bit gradients cannot hold what was clipped.
+
+        Raises:
+            ConfigError: always; it says what to call.
+        """
+        raise ConfigError(f"sharded gradients are clipped by their norm: call clip_grad_by_norm, not by {clip_value:g}")
+
+    def get_grad_norm(self) -> float | None:
+        """See the base class."""
+        if self._grad_norm is None and not any(True for _ in self._gradients.kept()) and self._world.world_size == 1:
+            return None
+        return float(self._norm())
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Step the fragments, and bring the new weights to all ranks.
+
+        Raises:
+            ConfigError: a closure is given.
+            RuntimeError: in fp16, there was no backward through this optimizer, so that the gradients are not scaled.
+        """
+        if closure is not None:
+            raise ConfigError("a sharded optimizer takes no closure: run backward first, then step")
+        self._finish()
+        if self._loss_scale is not None and not self._scaled:
+            raise RuntimeError(
+                "there are no scaled gradients: with fp16, call booster.backward(loss, optimizer), not loss.backward()"
+            )
+        if not self._gradients.is_scaled:
+            self.clip_grad_by_norm(self._max_norm)
+        overflow = None
+        if self._loss_scale is not None:
+            overflow = (~torch.isfinite(self._norm())).float()
+        if overflow is None or self._steps_by_flag() or not bool(overflow):
+            with self._flag(overflow):
+                self._step_all()
+        if self._loss_scale is not None and overflow is not None:
+            self._loss_scale.update(overflow)
+        self._scaled = False
+        # A step that was left out for an overflow is a step to a schedule: torch is not to warn of a wrong order.
+        vars(self.optim)["_opt_called"] = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  gradients are never kept as zeros
+        """Forget the gradients."""
+        self._gradients.clear()
+        self._grad_norm = None
+        self._unfinished = self._scaled = False
+
+    def gradient_scale(self) -> torch.Tensor | None:
+        """See the base class."""
+        if self._loss_scale is None or not self._scaled or self._gradients.is_scaled:
+            return None
+        return self._loss_scale.value
+
+    def scaler_state(self) -> dict[str, float]:
+        """Return the loss scale and its counts; waits for the device."""
+        return {} if self._loss_scale is None else self._loss_scale.state()
+
+    def load_scaler_state(self, state: dict[str, float]) -> None:
+        """Put back what `scaler_state` returned."""
+        if self._loss_scale is not None and state:
+            self._loss_scale.load(state)
+
+    def _finish(self) -> None:
+        """End a backward that went through this optimizer."""
+        if self._unfinished:
+            self._gradients.finish()
+            self._unfinished = False
+
+    def _norm(self) -> torch.Tensor:
+        """Return the true global norm of the step's gradients as they were before clipping."""
+        if self._grad_norm is None:
+            self._finish()
+            norm = global_norm(
+                (gradient for _, gradient in self._gradients.kept()),
+                lambda squares: sum_in_rank_order(squares, self._world),
+            )
+            self._grad_norm = norm / self._loss_scale.value if self._loss_scale is not None and self._scaled else norm
+        return self._grad_norm
+
+    def _scale_gradients(self, factor: torch.Tensor | None) -> None:
+        """Clip, and take the loss scale off, in one."""
+        if self._loss_scale is not None and self._scaled and not self._gradients.is_scaled:
+            unscale = self._loss_scale.value.reciprocal()
+            factor = unscale if factor is None else factor * unscale
+        if factor is not None:
+            self._gradients.scale(factor)
+
+    def _steps_by_flag(self) -> bool:
+        """Return True if the optimizer's kernels themselves leave a step out where a flag on the device says so."""
+        return bool(getattr(self.optim, "_step_supports_amp_scaling", False))
+
+    @contextmanager
+    def _flag(self, overflow: torch.Tensor | None) -> Iterator[None]:
+        """Show the flag to fused kernels, by the attributes that torch's own loss scaler sets."""
+        if overflow is None or not self._steps_by_flag():
+            yield
+            return
+        attributes: dict[str, Any] = vars(self.optim)
+        attributes.update(grad_scale=None, found_inf=overflow)
+        try:
+            yield
+        finally:
+            del attributes["grad_scale"], attributes["found_inf"]
+
+    def _step_all(self) -> None:
+        """Step the buckets that forward needs first, first."""
+        groups = [group["params"] for group in self.optim.param_groups]
+        settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in self.optim.param_groups
+        ]
+        group_of = {master: number for number, params in enumerate(groups) for master in params}
+        gathers: list[Transfer] = []
+        try:
+            for buckets in self._batches():
+                # An optimizer that counts its steps in a group is to count one, however many calls it takes.
+                for group, before in zip(self.optim.param_groups, settings, strict=True):
+                    group.update(before)
+                self._step_some(buckets, group_of)
+                for bucket in buckets:
+                    bucket.refresh_partition()
+                    gathers.append(bucket.gather())
+                    if not self._overlap_gather:
+                        gathers.pop().wait()
+        finally:
+            for group, params in zip(self.optim.param_groups, groups, strict=True):
+                group["params"] = params
+            for gather in gathers:
+                gather.wait()
+
+    def _batches(self) -> Iterator[list[Bucket]]:
+        """Yield buckets, as many at a time as may be stepped at once, in the order of forward."""
+        batch: list[Bucket] = []
+        elements = 0
+        for bucket in reversed(self._gradients.buckets):
+            if batch and elements + bucket.layout.partition_numel > _STEP_ELEMENTS:
+                yield batch
+                batch, elements = [], 0
+            batch.append(bucket)
+            elements += bucket.layout.partition_numel
+        if batch:
+            yield batch
+
+    def _step_some(self, buckets: Sequence[Bucket], group_of: Mapping[nn.Parameter, int]) -> None:
+        found = [
+            (fragment, gradient)
+            for bucket in buckets
+            for fragment in bucket.fragments
+            if fragment.master in group_of and (gradient := self._gradients.of(fragment)) is not None
+        ]
+        narrow = [(fragment, gradient) for fragment, gradient in found if gradient.dtype != torch.float32]
+        for fragment, gradient in found:
+            if gradient.dtype == torch.float32:
+                fragment.master.grad = gradient
+        if narrow:
+            scratch = torch.empty(
+                sum(-(-g.numel() // 64) * 64 for _, g in narrow), dtype=torch.float32, device=narrow[0][1].device
+            )
+            end = 0
+            for fragment, gradient in narrow:
+                fragment.master.grad = scratch[end : end + gradient.numel()]
+                end += -(-gradient.numel() // 64) * 64
+            self._gradients.cast(
+                [g for _, g in narrow], [f.master.grad for f, _ in narrow if f.master.grad is not None]
+            )
+        try:
+            for number, group in enumerate(self.optim.param_groups):
+                group["params"] = [fragment.master for fragment, _ in found if group_of[fragment.master] == number]
+            self.optim.step()
+        finally:
+            for fragment, _ in found:
+                fragment.master.grad = None

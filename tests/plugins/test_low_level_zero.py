@@ -1,0 +1,471 @@
+"""ZeRO against one process in plain PyTorch: the same weights after some steps, whatever is cut, unused, frozen or tied."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from albireo.booster import Booster
+from albireo.checkpoint import OneRank, Snapshot, open_checkpoint, save_checkpoint, tensor_names
+from albireo.distributed import World
+from albireo.errors import CheckpointError, ConfigError
+from albireo.optim import HybridAdam, OptimizerWrapper
+from albireo.plugins import LowLevelZeroPlugin, ModelWrapper, Plugin, TorchDDPPlugin
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, CPU)
+POOLS = {2: "two_ranks", 4: "four_ranks"}
+STEPS = 4
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.fixture
+def run_case(request: pytest.FixtureRequest) -> Run:
+    """Run a case on so many ranks: on one in this process, on more in a pool."""
+
+    def run(case: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:
+        if world_size == 1:
+            return [case(ALONE, **arguments)]
+        return request.getfixturevalue(POOLS[world_size]).run(case, **arguments)
+
+    return run
+
+
+class Awkward(nn.Module):
+    """Odd sizes, a frozen layer, a branch that only some batches take, one that none takes, and a tied head."""
+
+    def __init__(self, *, tied: bool = True) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(37, 19)
+        self.first = nn.Linear(19, 67)
+        self.frozen = nn.Linear(67, 67).requires_grad_(requires_grad=False)
+        self.branch = nn.Linear(67, 67, bias=False)
+        self.never = nn.Linear(3, 5)
+        self.norm = nn.LayerNorm(67)
+        self.last = nn.Linear(67, 19)
+        self.head = nn.Linear(19, 37, bias=False)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("shift", torch.full((19,), 0.25))
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids: torch.Tensor, labels: torch.Tensor, *, branch: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.frozen(torch.relu(self.first(self.embedding(ids))))
+        if branch:
+            hidden = hidden + self.branch(hidden)
+        # `first` is used twice where the branch is taken.
+        if branch:
+            hidden = hidden + self.first(self.embedding(ids).flip(1))
+        logits = self.head(self.last(self.norm(hidden)) * self.scale + self.shift.to(hidden.dtype))
+        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+        return loss, (labels >= 0).sum()
+
+
+def awkward(*, tied: bool = True) -> Awkward:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return Awkward(tied=tied)
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "lr": 5e-3},
+    ]
+
+
+def optimizer_of(model: nn.Module, kind: str = "HybridAdam") -> torch.optim.Optimizer:
+    if kind == "HybridAdam":
+        return HybridAdam(groups(model), lr=1e-2)
+    if kind == "SGD":
+        return torch.optim.SGD(groups(model), lr=1e-2, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups(model), lr=1e-2, foreach=True, amsgrad=True)
+
+
+def batches_of(step: int, rank: int, accumulate: int) -> list[dict[str, Any]]:
+    """Ragged counts; the branch is taken on odd steps, and there on rank 0 alone."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    batches = []
+    for number in range(accumulate):
+        ids = torch.randint(0, 37, (2, 6), generator=generator)
+        labels = ids.clone()
+        labels[0, : (step + rank + number) % 5] = -100
+        batches.append({"ids": ids, "labels": labels, "branch": step % 2 == 1 and rank == 0})
+    return batches
+
+
+def tokens_of(batches: list[dict[str, Any]]) -> list[int]:
+    return [int((batch["labels"] >= 0).sum()) for batch in batches]
+
+
+def boosted(
+    world: World, plugin: Plugin, *, tied: bool = True, kind: str = "HybridAdam"
+) -> tuple[Booster, ModelWrapper, OptimizerWrapper]:
+    model = awkward(tied=tied)
+    booster = Booster(plugin=plugin, world=World(world.rank, world.world_size, 0, CPU))
+    wrapped, optimizer, *_ = booster.boost(model, optimizer_of(model, kind))
+    return booster, wrapped, optimizer
+
+
+def train(
+    booster: Booster, model: ModelWrapper, optimizer: OptimizerWrapper, steps: range, accumulate: int, clip: float
+) -> list[list[float]]:
+    numbers = []
+    for step in steps:
+        batches = batches_of(step, booster.world.rank, accumulate)
+        output = booster.train_step(model, optimizer, batches, tokens_of(batches), max_norm=clip)
+        total = booster.world.sum_in_place(torch.tensor([float(output.loss_sum), float(output.tokens)]))
+        numbers.append([float(total[0] / total[1]), float(output.grad_norm)])
+    return numbers
+
+
+def case(
+    world: World,
+    stage: int = 2,
+    accumulate: int = 1,
+    clip: float = 0.0,
+    tied: bool = True,
+    kind: str = "HybridAdam",
+    bucket: float = 12.0,
+    overlap: bool = True,
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    plugin = LowLevelZeroPlugin(
+        stage=stage,
+        precision=precision,
+        reduce_bucket_size_in_m=bucket,
+        overlap_communication=overlap,
+        overlap_allgather=overlap,
+    )
+    booster, model, optimizer = boosted(world, plugin, tied=tied, kind=kind)
+    numbers = train(booster, model, optimizer, range(STEPS), accumulate, clip)
+    weights = {name: p.detach().float().tolist() for name, p in model.unwrap().named_parameters()}
+    return {"numbers": numbers, "weights": weights}
+
+
+def by_hand(
+    ranks: int, accumulate: int = 1, clip: float = 0.0, tied: bool = True, kind: str = "HybridAdam"
+) -> dict[str, Any]:
+    """One process that runs the micro-batches of all ranks one after another."""
+    model = awkward(tied=tied)
+    optimizer = optimizer_of(model, kind)
+    numbers = []
+    for step in range(STEPS):
+        batches = [batch for rank in range(ranks) for batch in batches_of(step, rank, accumulate)]
+        total = sum(tokens_of(batches))
+        loss_sum = 0.0
+        for batch in batches:
+            loss, _ = model(**batch)
+            (loss / total).backward()
+            loss_sum += loss.item()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack([g.double().norm() for g in gradients])))
+        if clip > 0:
+            for gradient in gradients:
+                gradient.mul_(min(1.0, clip / (norm + 1e-6)))
+        optimizer.step()
+        optimizer.zero_grad()
+        numbers.append([loss_sum / total, norm])
+    return {"numbers": numbers, "weights": {name: p.tolist() for name, p in model.named_parameters()}}
+
+
+def assert_same(got: Mapping[str, Any], wanted: Mapping[str, Any], tolerance: float = 2e-5) -> None:
+    assert torch.allclose(torch.tensor(got["numbers"]), torch.tensor(wanted["numbers"]), rtol=tolerance, atol=0)
+    assert got["weights"].keys() == wanted["weights"].keys()
+    for name, values in wanted["weights"].items():
+        torch.testing.assert_close(torch.tensor(got["weights"][name]), torch.tensor(values), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"stage": 2, "accumulate": 1, "clip": 0.0},
+        {"stage": 2, "accumulate": 3, "clip": 0.5},
+        {"stage": 1, "accumulate": 3, "clip": 0.5, "tied": False},
+        {"stage": 1, "accumulate": 1, "clip": 0.5, "bucket": 0.002},
+        {"stage": 2, "accumulate": 2, "clip": 0.0, "bucket": 0.002, "tied": False},
+        {"stage": 2, "accumulate": 1, "clip": 0.5, "bucket": 0.002, "overlap": False},
+        {"stage": 2, "accumulate": 1, "clip": 0.5, "kind": "SGD", "bucket": 0.002},
+        {"stage": 1, "accumulate": 2, "clip": 0.0, "kind": "AdamW"},
+    ],
+    ids=lambda how: "-".join(f"{key}={value}" for key, value in how.items()),
+)
+def test_it_is_one_process_in_plain_pytorch(run_case: Run, world_size: int, how: dict[str, Any]) -> None:
+    results = run_case(case, world_size, **how)
+    plain = {key: how[key] for key in ("accumulate", "clip", "tied", "kind") if key in how}
+    wanted = by_hand(world_size, **plain)
+    for result in results:
+        assert_same(result, wanted)
+        # Every rank computes with the same weights, to the bit.
+        assert result["weights"] == results[0]["weights"]
+
+
+def test_alone_in_fp32_it_is_torch_ddp_to_the_bit() -> None:
+    zero = boosted(ALONE, LowLevelZeroPlugin(precision="fp32"))
+    plain = boosted(ALONE, TorchDDPPlugin())
+    assert train(*zero, range(STEPS), 2, 0.5) == train(*plain, range(STEPS), 2, 0.5)
+    for mine, theirs in zip(zero[1].unwrap().parameters(), plain[1].unwrap().parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sixteen_bits_compute_and_fp32_is_stepped(precision: str, accumulate: int) -> None:
+    """One step by hand: 16-bit copies, gradients added up and clipped in fp32, fp32 weights stepped, cast again."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    booster, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision=precision, initial_scale=2.0**12))
+    batches = batches_of(1, 0, accumulate)
+    total = sum(tokens_of(batches))
+    masters = awkward()
+    copies = copy.deepcopy(masters)
+    for parameter in copies.parameters():
+        parameter.data = parameter.data.to(dtype)
+    sums: dict[str, torch.Tensor] = {}
+    scale = 2.0**12 if precision == "fp16" else 1.0
+    for batch in batches:
+        loss, _ = copies(**batch)
+        (loss * (1.0 / total) * scale).backward()
+        for name, parameter in copies.named_parameters():
+            if parameter.grad is not None:
+                sums[name] = sums[name] + parameter.grad.float() if name in sums else parameter.grad.float()
+                parameter.grad = None
+    norm = torch.linalg.vector_norm(torch.stack([g.double().norm() for g in sums.values()])) / scale
+    for name, parameter in masters.named_parameters():
+        if name in sums:
+            parameter.grad = sums[name] / scale * min(1.0, 0.5 / (float(norm) + 1e-6))
+    optimizer_of(masters).step()
+
+    output = booster.train_step(model, optimizer, batches, tokens_of(batches), max_norm=0.5)
+    assert float(output.grad_norm) == pytest.approx(float(norm), rel=1e-6)
+    names = {p: name for name, p in model.unwrap().named_parameters()}
+    wanted = dict(masters.named_parameters())
+    for fragment in model.fragments:  # type: ignore[attr-defined]
+        torch.testing.assert_close(
+            fragment.master.detach(), wanted[names[fragment.parameter]].detach().reshape(-1), rtol=0, atol=1e-6
+        )
+        assert torch.equal(fragment.compute, fragment.master.to(dtype))
+        assert fragment.parameter.dtype == dtype
+
+
+def skip_case(world: World, stage: int, kind: str) -> dict[str, Any]:
+    """A step whose gradient overflows on the last rank alone, between two good ones."""
+    plugin = LowLevelZeroPlugin(stage=stage, precision="fp16", initial_scale=2.0**10, hysteresis=1)
+    booster, model, optimizer = boosted(world, plugin, kind=kind)
+    train(booster, model, optimizer, range(1), 1, 0.5)
+
+    def everything() -> dict[str, list[float]]:
+        names, _ = tensor_names(model.unwrap())
+        parts = booster.plugin.export_state(model, optimizer, names, booster.world)
+        return {f"{part.name}@{part.start}": part.data.float().tolist() for part in parts}
+
+    before = everything()
+    batches = batches_of(2, booster.world.rank, 1)
+    factor = 1e30 if booster.world.rank == booster.world.world_size - 1 else 1.0
+    loss, _ = model(**batches[0])
+    booster.backward(loss * factor, optimizer)
+    norm = float(optimizer.clip_grad_by_norm(0.5))
+    optimizer.step()
+    optimizer.zero_grad()
+    unchanged = everything() == before
+    scale = optimizer.scaler_state()["scale"]
+    train(booster, model, optimizer, range(2, 3), 1, 0.5)
+    counts = {int(s["step"]) for s in optimizer.unwrap().state.values() if "step" in s}
+    return {
+        "finite": norm == norm and abs(norm) != float("inf"),
+        "unchanged": unchanged,
+        "scale": scale,
+        "moved": everything() != before,
+        "counts": sorted(counts),
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("kind", ["HybridAdam", "AdamW"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_overflow_on_one_rank_leaves_no_trace_on_any(run_case: Run, world_size: int, kind: str, stage: int) -> None:
+    for result in run_case(skip_case, world_size, stage=stage, kind=kind):
+        assert result == {"finite": False, "unchanged": True, "scale": 2.0**9, "moved": True, "counts": [2]}
+
+
+def no_sync_case(world: World, stage: int) -> dict[str, Any]:
+    booster, model, optimizer = boosted(world, LowLevelZeroPlugin(stage=stage, precision="fp32"))
+    for step in range(STEPS):
+        batches = batches_of(step, booster.world.rank, 2)
+        mine = sum(tokens_of(batches))
+        total = booster.world.sum_in_place(torch.tensor(float(mine)))
+        factor = booster.world.world_size / total
+        with booster.no_sync(model, optimizer):
+            booster.backward(model(**batches[0])[0] * factor, optimizer)
+        booster.backward(model(**batches[1])[0] * factor, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.tolist() for name, p in model.unwrap().named_parameters()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_loop_of_the_users_own_accumulates_with_no_sync(run_case: Run, world_size: int, stage: int) -> None:
+    wanted = by_hand(world_size, accumulate=2)["weights"]
+    for weights in run_case(no_sync_case, world_size, stage=stage):
+        for name, values in wanted.items():
+            torch.testing.assert_close(torch.tensor(weights[name]), torch.tensor(values), rtol=0, atol=2e-5)
+
+
+def save_case(world: World, folder: str, stage: int, precision: str) -> list[list[float]]:
+    """Train two steps, save, and train two more."""
+    booster, model, optimizer = boosted(world, LowLevelZeroPlugin(stage=stage, precision=precision))
+    train(booster, model, optimizer, range(2), 1, 0.5)
+    names, aliases = tensor_names(model.unwrap())
+    snapshot = Snapshot(
+        step=2,
+        slices=booster.plugin.export_state(model, optimizer, names, booster.world),
+        shared_state={"scaler": optimizer.scaler_state()},
+        aliases={f"model/{name}": f"model/{first}" for name, first in aliases.items()},
+    )
+    save_checkpoint(Path(folder), snapshot, ranks=booster.world, keep=2)
+    return train(booster, model, optimizer, range(2, STEPS), 1, 0.5)
+
+
+def load_case(world: World, folder: str, stage: int, precision: str) -> list[list[float]]:
+    booster, model, optimizer = boosted(world, LowLevelZeroPlugin(stage=stage, precision=precision))
+    train(booster, model, optimizer, range(1), 1, 0.5)  # what is there is to be forgotten
+    names, _ = tensor_names(model.unwrap())
+    checkpoint = open_checkpoint(Path(folder) / "step-00000002")
+    booster.plugin.import_state(model, optimizer, names, checkpoint)
+    optimizer.load_scaler_state(checkpoint.shared_state["scaler"])
+    return train(booster, model, optimizer, range(2, STEPS), 1, 0.5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_saved_goes_on_to_the_bit(run_case: Run, tmp_path: Path, world_size: int, precision: str) -> None:
+    saved = run_case(save_case, world_size, folder=str(tmp_path), stage=2, precision=precision)
+    assert (
+        run_case(
+            load_case, world_size, folder=str(tmp_path), stage=1 if precision == "fp32" else 2, precision=precision
+        )
+        == saved
+    )
+
+
+def test_a_checkpoint_of_two_ranks_is_the_plain_plugins_too(run_case: Run, tmp_path: Path) -> None:
+    run_case(save_case, 2, folder=str(tmp_path), stage=2, precision="fp32")
+    booster, model, optimizer = boosted(ALONE, TorchDDPPlugin())
+    names, _ = tensor_names(model.unwrap())
+    booster.plugin.import_state(model, optimizer, names, open_checkpoint(tmp_path / "step-00000002"))
+    back = tmp_path / "back"
+    snapshot = Snapshot(
+        step=2, slices=booster.plugin.export_state(model, optimizer, names, ALONE), shared_state={}, aliases={}
+    )
+    save_checkpoint(back, snapshot, ranks=OneRank(), keep=2)
+    first, second = open_checkpoint(tmp_path / "step-00000002"), open_checkpoint(back / "step-00000002")
+    assert sorted(set(first.names()) - set(first.aliases)) == sorted(second.names())
+    for name in second.names():
+        assert torch.equal(first.read(name), second.read(name))
+
+
+def test_another_models_checkpoint_is_refused_before_anything_changes(tmp_path: Path) -> None:
+    save_case(ALONE, str(tmp_path), 2, "fp32")
+    booster, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision="fp32"), tied=False)
+    before = [p.clone() for p in model.unwrap().parameters()]
+    names, _ = tensor_names(model.unwrap())
+    with pytest.raises(CheckpointError, match=r"has no model/head.weight|has shape|of shape"):
+        booster.plugin.import_state(
+            model,
+            optimizer,
+            {t: n for t, n in names.items() if n != "scale"},
+            open_checkpoint(tmp_path / "step-00000002"),
+        )
+    assert all(torch.equal(a, b) for a, b in zip(before, model.unwrap().parameters(), strict=True))
+
+
+def test_a_frozen_weight_is_kept_in_fp32_and_has_no_states() -> None:
+    booster, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision="bf16"))
+    frozen = awkward().frozen.weight
+    train(booster, model, optimizer, range(2), 1, 0.0)
+    names, _ = tensor_names(model.unwrap())
+    exported = {part.name: part for part in booster.plugin.export_model(model, names, ALONE)}
+    # What is saved is not rounded to what computes.
+    assert torch.equal(exported["model/frozen.weight"].data, frozen.reshape(-1))
+    states = booster.plugin.export_optimizer(optimizer, names, ALONE)  # type: ignore[arg-type]
+    assert not any("/frozen." in part.name or "/never." in part.name for part in states)
+
+
+def test_gradients_do_not_stay_where_users_look() -> None:
+    booster, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision="bf16"))
+    loss, _ = model(**batches_of(0, 0, 1)[0])
+    booster.backward(loss, optimizer)
+    assert all(p.grad is None for p in model.unwrap().parameters())
+    assert optimizer.get_grad_norm() > 0  # type: ignore[operator]
+    optimizer.zero_grad()
+    assert optimizer.get_grad_norm() is None
+
+
+def test_backward_after_the_clip_is_refused() -> None:
+    booster, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision="fp32"))
+    booster.backward(model(**batches_of(0, 0, 1)[0])[0], optimizer)
+    optimizer.clip_grad_by_norm(1.0)
+    with pytest.raises(RuntimeError, match="clip once"):
+        booster.backward(model(**batches_of(0, 0, 1)[0])[0], optimizer)
+
+
+def test_fp16_without_the_boosters_backward_is_refused() -> None:
+    _, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision="fp16"))
+    model(**batches_of(0, 0, 1)[0])[0].backward()
+    with pytest.raises(RuntimeError, match=r"booster\.backward"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"stage": 3}, "TorchFSDPPlugin"),
+        ({"precision": "int8"}, "precision is one of"),
+        ({"communication_dtype": torch.float16}, "reduced in fp32"),
+        ({"master_weights": False}, "master_weights=True"),
+        ({"max_norm": -1.0}, "max_norm"),
+        ({"reduce_bucket_size_in_m": 0}, "reduce_bucket_size_in_m"),
+        ({"initial_scale": 2.0**40}, "initial_scale"),
+        ({"growth_factor": 0.5}, "growth_factor"),
+        ({"hysteresis": 0}, "hysteresis"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        LowLevelZeroPlugin(**options)
+
+
+def test_what_cannot_be_sharded_is_refused_before_the_model_changes() -> None:
+    model = awkward()
+    with pytest.raises(ConfigError, match="LBFGS"):
+        Booster(plugin=LowLevelZeroPlugin(), world=ALONE).boost(model, torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ConfigError, match=r"model\.float"):
+        Booster(plugin=LowLevelZeroPlugin(), world=ALONE).boost(copy.deepcopy(model).double())
+    optimizer = optimizer_of(model)
+    model(**batches_of(0, 0, 1)[0])[0].backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match="states already"):
+        Booster(plugin=LowLevelZeroPlugin(), world=ALONE).boost(model, optimizer)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_the_plugins_own_bound_clips_where_the_loop_does_not() -> None:
+    mine = boosted(ALONE, LowLevelZeroPlugin(precision="fp32", max_norm=0.5))
+    theirs = boosted(ALONE, LowLevelZeroPlugin(precision="fp32"))
+    for (booster, model, optimizer), clip in ((mine, 0.0), (theirs, 0.5)):
+        booster.backward(model(**batches_of(0, 0, 1)[0])[0], optimizer)
+        if clip:
+            optimizer.clip_grad_by_norm(clip)
+        optimizer.step()
+    for a, b in zip(mine[1].unwrap().parameters(), theirs[1].unwrap().parameters(), strict=True):
+        assert torch.equal(a, b)
