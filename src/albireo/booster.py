@@ -224,7 +224,7 @@ class Booster(StateDoor):
         """
         batches, counts = _micro_batches(model, micro_batches, tokens)
         mine = sum(counts)
-        factor = self._loss_factor(mine)
+        factor = self._loss_factor(mine, len(batches))
         sums = []
         last = len(batches) - 1
         try:
@@ -235,7 +235,7 @@ class Booster(StateDoor):
                 sums.append(loss_sum.detach())
         except BaseException:
             # What was added up so far must not go into the next step of a caller who takes a smaller batch instead.
-            optimizer.zero_grad()
+            optimizer.abandon_step()
             raise
         if observe is not None:
             observe("reduced")
@@ -248,12 +248,19 @@ class Booster(StateDoor):
         optimizer.zero_grad()
         return StepOutput(torch.stack(sums).sum(), mine, norm)
 
-    def _loss_factor(self, tokens: int) -> torch.Tensor | float:
+    def _loss_factor(self, tokens: int, micro_batches: int) -> float:
         """Return what turns this rank's sum into its part of the global mean; plugins average over ranks."""
         if self.world.world_size == 1:
             return 1.0 / max(tokens, 1)
-        count = torch.tensor(float(tokens), dtype=torch.float32).to(self.world.device, non_blocking=True)
-        return self.world.world_size / self.world.sum_in_place(count).clamp(min=1.0)
+        # Between hosts: no device is waited for.
+        told = self.world.gather_numbers([tokens, micro_batches])
+        counts = {int(count) for _, count in told}
+        if len(counts) > 1 and not self.plugin.takes_uneven_micro_batches:
+            raise ConfigError(
+                f"ranks came with {min(counts)} to {max(counts)} micro-batches, and {self.plugin.name} reduces after each: "
+                "give every rank as many"
+            )
+        return self.world.world_size / max(sum(count for count, _ in told), 1.0)
 
     def _to_device(self, batch: MicroBatch) -> dict[str, Any]:
         """Move a batch, each tensor once however many names it goes by."""

@@ -14,7 +14,7 @@ from torch import nn
 from albireo.booster import Booster
 from albireo.checkpoint import OneRank, Snapshot, open_checkpoint, save_checkpoint, tensor_names
 from albireo.distributed import World
-from albireo.errors import CheckpointError, ConfigError
+from albireo.errors import AlbireoError, CheckpointError, ConfigError
 from albireo.optim import HybridAdam, OptimizerWrapper
 from albireo.plugins import LowLevelZeroPlugin, ModelWrapper, Plugin, TorchDDPPlugin
 
@@ -421,7 +421,8 @@ def test_backward_after_the_clip_is_refused() -> None:
 
 def test_fp16_without_the_boosters_backward_is_refused() -> None:
     _, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision="fp16"))
-    model(**batches_of(0, 0, 1)[0])[0].backward()
+    with pytest.raises(RuntimeError, match=r"booster\.backward"):
+        model(**batches_of(0, 0, 1)[0])[0].backward()
     with pytest.raises(RuntimeError, match=r"booster\.backward"):
         optimizer.step()
 
@@ -451,11 +452,6 @@ def test_what_cannot_be_sharded_is_refused_before_the_model_changes() -> None:
         Booster(plugin=LowLevelZeroPlugin(), world=ALONE).boost(model, torch.optim.LBFGS(model.parameters()))
     with pytest.raises(ConfigError, match=r"model\.float"):
         Booster(plugin=LowLevelZeroPlugin(), world=ALONE).boost(copy.deepcopy(model).double())
-    optimizer = optimizer_of(model)
-    model(**batches_of(0, 0, 1)[0])[0].backward()
-    optimizer.step()
-    with pytest.raises(ConfigError, match="states already"):
-        Booster(plugin=LowLevelZeroPlugin(), world=ALONE).boost(model, optimizer)
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
@@ -469,3 +465,249 @@ def test_the_plugins_own_bound_clips_where_the_loop_does_not() -> None:
         optimizer.step()
     for a, b in zip(mine[1].unwrap().parameters(), theirs[1].unwrap().parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def late_case(world: World, reentrant: bool) -> dict[str, Any]:
+    """Steps whose branch no rank expects any more, or whose gradients come in two parts."""
+    booster, model, optimizer = boosted(world, LowLevelZeroPlugin(precision="fp32", reduce_bucket_size_in_m=0.002))
+    inner = model.unwrap()
+    if reentrant:
+        plain = inner.first.forward
+        inner.first.forward = lambda x: torch.utils.checkpoint.checkpoint(plain, x, use_reentrant=True)
+    # Even steps leave the branch out, so that it is not waited for in the odd ones.
+    numbers = train(booster, model, optimizer, range(STEPS), 2, 0.5)
+    return {"numbers": numbers, "weights": {name: p.tolist() for name, p in inner.named_parameters()}}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_gradients_that_nobody_waits_for_still_count(run_case: Run, world_size: int, reentrant: bool) -> None:
+    wanted = by_hand(world_size, accumulate=2, clip=0.5)
+    for result in run_case(late_case, world_size, reentrant=reentrant):
+        assert_same(result, wanted)
+
+
+class Fails(torch.autograd.Function):
+    """Passes a tensor through, and fails in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # noqa: ARG004  torch's signature
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # noqa: ARG004  torch's signature
+        raise ValueError("planted")
+
+
+def failing_case(world: World, where: str) -> dict[str, Any]:
+    """A step that fails on the last rank, and good ones after it."""
+    booster, model, optimizer = boosted(world, LowLevelZeroPlugin(precision="fp32", reduce_bucket_size_in_m=0.002))
+    inner = model.unwrap()
+    last = booster.world.rank == booster.world.world_size - 1
+    layer = {"early": inner.last, "late": inner.embedding}[where]
+    said = ""
+    handle = layer.register_forward_hook(lambda *call: Fails.apply(call[-1])) if last else None
+    try:
+        train(booster, model, optimizer, range(1), 2, 0.5)
+    except (ValueError, AlbireoError) as error:
+        said = str(error)
+    if handle is not None:
+        handle.remove()
+    numbers = train(booster, model, optimizer, range(STEPS), 2, 0.5)
+    weights = {name: p.tolist() for name, p in inner.named_parameters()}
+    return {"said": said, "numbers": numbers, "weights": weights}
+
+
+@pytest.mark.parametrize("where", ["early", "late"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_backward_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(
+    run_case: Run, world_size: int, where: str
+) -> None:
+    results = run_case(failing_case, world_size, where=where)
+    wanted = by_hand(world_size, accumulate=2, clip=0.5)
+    for rank, result in enumerate(results):
+        assert ("planted" if rank == world_size - 1 else "another rank") in result["said"]
+        assert_same(result, wanted)
+
+
+def uneven_case(world: World) -> str:
+    booster, model, optimizer = boosted(world, LowLevelZeroPlugin(precision="fp32"))
+    try:
+        train(booster, model, optimizer, range(1), 1 + booster.world.rank, 0.0)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_come_with_different_numbers_of_micro_batches_are_refused(run_case: Run) -> None:
+    assert all("1 to 2 micro-batches" in said for said in run_case(uneven_case, 2))
+
+
+def unequal_case(world: World) -> list[float]:
+    torch.manual_seed(100 + world.rank)
+    model = Awkward()
+    booster = Booster(plugin=LowLevelZeroPlugin(precision="fp32"), world=World(world.rank, world.world_size, 0, CPU))
+    booster.boost(model, optimizer_of(model))
+    return [float(p.detach().double().sum()) for p in model.parameters()]
+
+
+def test_ranks_that_begin_with_different_weights_take_the_main_ranks(run_case: Run) -> None:
+    first, second = run_case(unequal_case, 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(100)
+        wanted = [float(p.detach().double().sum()) for p in Awkward().parameters()]
+    assert first == second == wanted
+
+
+def kept_local_case(world: World) -> dict[str, Any]:
+    """All of a step's backwards are kept local; the step itself sends them."""
+    booster, model, optimizer = boosted(world, LowLevelZeroPlugin(precision="fp32"))
+    for step in range(STEPS):
+        batches = batches_of(step, booster.world.rank, 1)
+        total = booster.world.sum_in_place(torch.tensor(float(sum(tokens_of(batches)))))
+        with booster.no_sync(model, optimizer):
+            booster.backward(model(**batches[0])[0] * (booster.world.world_size / total), optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.tolist() for name, p in model.unwrap().named_parameters()}
+
+
+def test_a_step_sends_what_was_only_kept_local(run_case: Run) -> None:
+    wanted = by_hand(2)["weights"]
+    for weights in run_case(kept_local_case, 2):
+        for name, values in wanted.items():
+            torch.testing.assert_close(torch.tensor(weights[name]), torch.tensor(values), rtol=0, atol=2e-5)
+
+
+def test_a_weight_that_somebody_else_wrote_or_moved_is_refused() -> None:
+    booster, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision="bf16"))
+    train(booster, model, optimizer, range(1), 1, 0.0)
+    booster.backward(model(**batches_of(0, 0, 1)[0])[0], optimizer)
+    with torch.no_grad():
+        model.unwrap().last.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="written to"):
+        optimizer.step()
+    booster, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision="bf16"))
+    model.unwrap().float()
+    with pytest.raises(RuntimeError, match="left its place"):
+        train(booster, model, optimizer, range(1), 1, 0.0)
+
+
+def test_a_backward_through_weights_that_have_been_stepped_is_an_error() -> None:
+    booster, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision="fp32"))
+    stale, _ = model(**batches_of(0, 0, 1)[0])
+    train(booster, model, optimizer, range(1), 1, 0.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        booster.backward(stale, optimizer)
+
+
+def test_the_users_own_optimizer_does_not_step_behind_the_plugin() -> None:
+    model = awkward()
+    raw = optimizer_of(model)
+    booster = Booster(plugin=LowLevelZeroPlugin(precision="fp32"), world=ALONE)
+    wrapped, optimizer, *_ = booster.boost(model, raw)
+    booster.backward(wrapped(**batches_of(0, 0, 1)[0])[0], optimizer)
+    with pytest.raises(RuntimeError, match="that boost returned"):
+        raw.step()
+    for call in (optimizer.state_dict, lambda: optimizer.load_state_dict({}), lambda: optimizer.add_param_group({})):
+        with pytest.raises(ConfigError, match="boost"):
+            call()
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps its count of steps in a group, as some optimizers do."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1, "count": 0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["count"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data.add_(p.grad, alpha=-group["lr"] / group["count"])
+
+
+def test_an_optimizer_that_counts_in_its_groups_and_its_hooks_see_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("albireo.sharding.optimizer._STEP_ELEMENTS", 100)
+    model, plain = awkward(), awkward()
+    raw, other = Counting(groups(model)), Counting(groups(plain))
+    calls: list[int] = []
+    raw.register_step_post_hook(lambda *_: calls.append(1))
+    booster = Booster(plugin=LowLevelZeroPlugin(precision="fp32", reduce_bucket_size_in_m=0.0001), world=ALONE)
+    wrapped, optimizer, *_ = booster.boost(model, raw)
+    for step in range(3):
+        batches = batches_of(step, 0, 1)
+        booster.train_step(wrapped, optimizer, batches, tokens_of(batches))
+        loss, _ = plain(**batches[0])
+        (loss / tokens_of(batches)[0]).backward()
+        other.step()
+        other.zero_grad()
+    assert len(calls) == 3
+    assert [group["count"] for group in raw.param_groups] == [3, 3]
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_steps_in_parts_are_one_step_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = boosted(ALONE, LowLevelZeroPlugin(precision="bf16"))
+    train(*whole, range(STEPS), 1, 0.5)
+    monkeypatch.setattr("albireo.sharding.optimizer._STEP_ELEMENTS", 100)
+    parts = boosted(ALONE, LowLevelZeroPlugin(precision="bf16", reduce_bucket_size_in_m=0.0001))
+    train(*parts, range(STEPS), 1, 0.5)
+    for mine, theirs in zip(parts[1].unwrap().parameters(), whole[1].unwrap().parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_states_from_before_come_along_and_adagrad_has_some() -> None:
+    def trained(plugin: Plugin) -> list[torch.Tensor]:
+        model = awkward()
+        optimizer = torch.optim.Adagrad(
+            [p for p in model.parameters() if p.requires_grad], lr=0.1, initial_accumulator_value=0.5
+        )
+        model(**batches_of(1, 0, 1)[0])[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        booster = Booster(plugin=plugin, world=ALONE)
+        wrapped, boosted_optimizer, *_ = booster.boost(model, optimizer)
+        train(booster, wrapped, boosted_optimizer, range(2), 1, 0.5)
+        return list(model.parameters())
+
+    for mine, theirs in zip(trained(LowLevelZeroPlugin(precision="fp32")), trained(TorchDDPPlugin()), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_norms_over_batches_keep_their_means_in_fp32() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    booster = Booster(plugin=LowLevelZeroPlugin(precision="bf16"), world=ALONE)
+    wrapped, optimizer, criterion, *_ = booster.boost(
+        model, HybridAdam(model.parameters(), lr=1e-2), nn.CrossEntropyLoss()
+    )
+    losses = []
+    for _ in range(8):
+        images = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+        loss = criterion(wrapped(images), torch.arange(8) % 2)
+        assert loss.dtype == torch.float32
+        booster.backward(loss, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 2
+    assert model[1].weight.dtype == torch.float32
+    assert model[0].weight.dtype == torch.bfloat16
+    assert model[1].running_mean.dtype == torch.float32
+
+
+def test_what_would_be_untied_or_lost_is_refused() -> None:
+    booster = Booster(plugin=LowLevelZeroPlugin(precision="fp32"), world=ALONE)
+    model = awkward()
+    model.last.bias.data = model.embedding.weight.data[0]
+    with pytest.raises(ConfigError, match="share their memory"):
+        booster.boost(model, optimizer_of(model))
+    model = awkward()
+    with pytest.raises(ConfigError, match="not the model's"):
+        booster.boost(model, HybridAdam([*model.parameters(), nn.Parameter(torch.zeros(3))]))
+    model.first.weight = nn.Parameter(torch.zeros(67, 19, dtype=torch.complex64))
+    with pytest.raises(ConfigError, match="complex64"):
+        booster.boost(model, HybridAdam(model.last.parameters()))

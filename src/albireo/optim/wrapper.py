@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,20 @@ import torch
 from albireo.errors import ConfigError
 from albireo.optim.norm import clip_by_norm, global_norm
 
-__all__ = ["OptimizerWrapper", "ScaledOptimizer"]
+__all__ = ["OptimizerWrapper", "ScaledOptimizer", "steps_by_flag"]
+
+
+def steps_by_flag(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True if an optimizer's kernels leave a step out where a flag on the device says so, and leave no trace.
+
+    Others must be asked on the host: some do not look at the flag, and fused SGD would keep a momentum that was never
+    filled.
+
+    Args:
+        optimizer: any torch optimizer.
+    """
+    known = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    return known and all(group.get("fused") is True for group in optimizer.param_groups)
 
 
 class OptimizerWrapper:
@@ -43,6 +57,11 @@ class OptimizerWrapper:
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups."""
         return self.optim.param_groups
+
+    @property
+    def model_groups(self) -> Sequence[tuple[torch.nn.Parameter, ...]]:
+        """The model's parameters, by group, whatever the optimizer steps in their place."""
+        return [tuple(group["params"]) for group in self.optim.param_groups]
 
     def unwrap(self) -> torch.optim.Optimizer:
         """Return the torch optimizer."""
@@ -125,6 +144,10 @@ class OptimizerWrapper:
         """Return by what the gradients are larger than they should be, a scalar on the device; None: by nothing."""
         return None
 
+    def abandon_step(self) -> None:
+        """Forget a step that failed on this rank."""
+        self.zero_grad()
+
     def scaler_state(self) -> dict[str, float]:
         """Return the loss scale's state; empty where there is none."""
         return {}
@@ -199,7 +222,8 @@ class ScaledOptimizer(OptimizerWrapper):
         if closure is not None:
             raise ConfigError("a loss scale and a closure do not go together: take fp32 or bf16 for this optimizer")
         self._unscale()
-        self._scaler.step(self.optim)
+        with self._asked_on_the_host_if_need_be():
+            self._scaler.step(self.optim)
         self._scaler.update()
         self._scaled = self._unscaled = False
         # A step that was left out for an overflow is a step to a schedule: torch is not to warn of a wrong order.
@@ -229,6 +253,24 @@ class ScaledOptimizer(OptimizerWrapper):
         if state:
             whole = {"_growth_tracker", "growth_interval"}
             self._scaler.load_state_dict({key: int(v) if key in whole else v for key, v in state.items()})
+
+    @contextmanager
+    def _asked_on_the_host_if_need_be(self) -> Iterator[None]:
+        """Have the scaler look at the flag itself where the optimizer's kernels would not, or would leave a trace."""
+        stepped = [p for group in self.optim.param_groups for p in group["params"] if p.grad is not None]
+        if steps_by_flag(self.optim) and all(parameter in self.optim.state for parameter in stepped):
+            yield
+            return
+        attributes = vars(self.optim)
+        before = attributes.get("_step_supports_amp_scaling")
+        attributes["_step_supports_amp_scaling"] = False
+        try:
+            yield
+        finally:
+            if before is None:
+                del attributes["_step_supports_amp_scaling"]
+            else:
+                attributes["_step_supports_amp_scaling"] = before
 
     def _unscale(self) -> None:
         """Divide the gradients by the scale, once a step."""

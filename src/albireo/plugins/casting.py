@@ -9,7 +9,27 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["CastInputs", "CriterionInFp32"]
+__all__ = ["CastInputs", "CriterionInFp32", "compute_dtypes"]
+
+
+def compute_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, torch.dtype]:
+    """Return in what each parameter of floating point computes, in a 16-bit copy of a model.
+
+    A norm over batches keeps running means, which 16 bits could not add up; its kernels take 16-bit inputs, but want
+    weights of the means' dtype.
+
+    Args:
+        model: the model.
+        dtype: a 16-bit one, or fp32.
+    """
+    wide = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)  # noqa: SLF001  what all of them are
+        and module.running_mean is not None
+        for parameter in module.parameters(recurse=False)
+    }
+    return {p: torch.float32 if p in wide else dtype for p in model.parameters() if p.is_floating_point()}
 
 
 class CastInputs(nn.Module):

@@ -32,6 +32,6 @@ def check_model_source(source: TensorSource, names: Mapping[torch.Tensor, str]) 
         shape = source.info(name).shape
         if shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"{source.path} holds {name} of shape {shape}, but {tuple(tensor.shape)} is to be filled: it belongs to "
-                "another model"
+                f"{name} has shape {shape} in {source.path}, and {tuple(tensor.shape)} is to be filled: it belongs to another "
+                "model"
             )

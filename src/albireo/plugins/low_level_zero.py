@@ -11,12 +11,12 @@ from torch import nn
 
 from albireo.checkpoint import TensorSlice, TensorSource, whole
 from albireo.distributed import World
-from albireo.distributed.collectives import broadcast
 from albireo.errors import ConfigError
 from albireo.optim import LossScale, LossScalePolicy, OptimizerWrapper
 from albireo.plugins.base import Criterion, ModelWrapper, Plugin
-from albireo.plugins.casting import CastInputs, CriterionInFp32
+from albireo.plugins.casting import CastInputs, CriterionInFp32, compute_dtypes
 from albireo.plugins.importing import check_model_source
+from albireo.plugins.preparing import check_parameters, copy_from_main
 from albireo.plugins.state_files import on_all
 from albireo.sharding import (
     Bucket,
@@ -145,19 +145,19 @@ class LowLevelZeroPlugin(Plugin):
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
     ) -> tuple[ModelWrapper, OptimizerWrapper | None]:
         """See the base class."""
+        parameters = list(model.parameters())
+        stepped = {p for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
+        check_parameters(model, optimizer)
         if optimizer is not None:
             ShardedOptimizer.check(optimizer)
         dtype = _DTYPES[self.precision]
-        parameters = [p for p in model.parameters() if p.is_floating_point() and p.numel() > 0]
-        for parameter in parameters:
-            if parameter.dtype == torch.float64:
-                raise ConfigError("fp64 weights cannot be sharded: call model.float() first, or take TorchDDPPlugin")
-        _make_equal(model, world)
-        stepped = {p for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
-        trained = [p for p in parameters if p.requires_grad and p in stepped]
-        others = [p for p in parameters if not (p.requires_grad and p in stepped)]
-        made = make_buckets(trained, dtype, world, bucket_elements=self._bucket_elements)
-        kept = make_buckets(others, dtype, world, bucket_elements=self._bucket_elements)
+        dtypes = compute_dtypes(model, dtype)
+        copy_from_main(model, world)
+        sharded = [p for p in parameters if p in dtypes and p.numel() > 0]
+        trained = [p for p in sharded if p.requires_grad and p in stepped]
+        others = [p for p in sharded if not (p.requires_grad and p in stepped)]
+        made = make_buckets(trained, dtypes, world, bucket_elements=self._bucket_elements)
+        kept = make_buckets(others, dtypes, world, bucket_elements=self._bucket_elements)
         gradients: Gradients | None = None
         wrapped: OptimizerWrapper | None = None
         if optimizer is not None:
@@ -239,8 +239,7 @@ class LowLevelZeroPlugin(Plugin):
         # A rank that cannot read must not leave the others waiting for its part.
         on_all(sharded.world, read)
         for bucket in sharded.buckets:
-            bucket.refresh_partition()
-            bucket.gather().wait()
+            bucket.publish().wait()
 
     def import_optimizer(
         self, optimizer: OptimizerWrapper, names: Mapping[nn.Parameter, str], source: TensorSource
@@ -254,18 +253,6 @@ class LowLevelZeroPlugin(Plugin):
         if world.world_size == 1:
             return LocalGradients(buckets)
         return ReducedGradients(buckets, world, scatter=self.stage == 2, overlap=self._overlap_communication)
-
-
-def _make_equal(model: nn.Module, world: World) -> None:
-    """Give all ranks the main rank's weights, as torch's DistributedDataParallel does."""
-    if world.world_size == 1:
-        return
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            flat = tensor.detach().contiguous()
-            broadcast(flat).wait()
-            if flat.data_ptr() != tensor.data_ptr():
-                tensor.copy_(flat)
 
 
 def _sharded(model: ModelWrapper) -> _ShardedModel:

@@ -55,6 +55,7 @@ class TorchDDPPlugin(Plugin):
 
     name = "torch_ddp"
     compute_form = "autocast"
+    takes_uneven_micro_batches = True
 
     def __init__(
         self,

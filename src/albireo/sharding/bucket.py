@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,33 +77,72 @@ class Bucket:
                 self.master[place].copy_(flat[cut.start : cut.stop])
                 master = nn.Parameter(self.master[place], requires_grad=parameter.requires_grad)
                 fragments.append(Fragment(parameter, number, cut, master, self.partition[place]))
+            parameter.grad = None
             # The old memory goes with this, one parameter at a time: there are never two copies of a whole model.
             parameter.data = self.compute[segment.offset : segment.stop].view(parameter.shape)
         self.fragments = tuple(fragments)
+        self._versions = [_version(parameter) for parameter in self.parameters]
 
-    def refresh_partition(self) -> None:
-        """Cast this rank's fp32 weights into the buffer that computes."""
+    def publish(self) -> Transfer:
+        """Cast this rank's fp32 weights into the buffer that computes, and fetch the other ranks' there.
+
+        Returns:
+            What is to be waited for before the buffer is read.
+        """
         if self.master.data_ptr() != self.partition.data_ptr():
             self.partition.copy_(self.master)
-
-    def gather(self) -> Transfer:
-        """Fetch all ranks' partitions into the buffer that computes; to be waited for before it is read."""
+        # Autograd is to see that the weights are others: a backward through a forward of before would be wrong.
+        torch.autograd.graph.increment_version(list(self.parameters))
+        self._versions = [_version(parameter) for parameter in self.parameters]
         if self.layout.ranks == 1:
             return Transfer(None)
         return all_gather_into(self.compute, self.partition)
 
+    def check_untouched(self) -> None:
+        """Refuse weights that somebody else has changed: the next step would undo it, or not see it.
+
+        Raises:
+            RuntimeError: with what to do instead.
+        """
+        for parameter, segment, version in zip(self.parameters, self.layout.segments, self._versions, strict=True):
+            place = self.compute[segment.offset : segment.stop]
+            if parameter.data_ptr() != place.data_ptr() or parameter.dtype != place.dtype:
+                raise RuntimeError(
+                    f"a weight of shape {segment.shape} has left its place: a boosted model must not be cast, moved or "
+                    "given other tensors; load weights by booster.load_model"
+                )
+            if _version(parameter) != version:
+                raise RuntimeError(
+                    f"a weight of shape {segment.shape} was written to, which the next step would undo: load weights by "
+                    "booster.load_model"
+                )
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Return autograd's count of writes to a tensor."""
+    version: int = tensor._version  # noqa: SLF001  the one way to it
+    return version
+
 
 def make_buckets(
-    parameters: Sequence[nn.Parameter], dtype: torch.dtype, world: World, *, bucket_elements: int
+    parameters: Sequence[nn.Parameter],
+    dtypes: Mapping[nn.Parameter, torch.dtype],
+    world: World,
+    *,
+    bucket_elements: int,
 ) -> list[Bucket]:
     """Deal parameters to buckets, the last first: about the order in which their gradients come.
 
     Args:
         parameters: in the order in which forward uses them.
-        dtype: what computes.
+        dtypes: what each computes in; a bucket has one.
         world: the ranks that share them.
         bucket_elements: about how many elements a bucket has.
     """
     backward_order = list(reversed(parameters))
-    plan = plan_buckets([parameter.numel() for parameter in backward_order], bucket_elements)
-    return [Bucket([backward_order[number] for number in numbers], dtype, world) for numbers in plan]
+    buckets = []
+    for dtype, run in itertools.groupby(backward_order, key=dtypes.__getitem__):
+        members = list(run)
+        plan = plan_buckets([parameter.numel() for parameter in members], bucket_elements)
+        buckets += [Bucket([members[number] for number in numbers], dtype, world) for numbers in plan]
+    return buckets

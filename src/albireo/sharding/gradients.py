@@ -9,14 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
 
 from albireo.distributed import World
 from albireo.distributed.collectives import Transfer, all_reduce, reduce_scatter
-from albireo.errors import ConfigError
+from albireo.errors import AlbireoError, ConfigError
 from albireo.sharding.bucket import Bucket, Fragment
 
 __all__ = ["Gradients", "LocalGradients", "ReducedGradients"]
@@ -37,13 +37,25 @@ class Gradients(ABC):
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self.buckets = tuple(buckets)
+        self._taking = False
         self._reducing = True
         self._factor: torch.Tensor | None = None
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._hook(bucket, number))  # type: ignore[no-untyped-call]
-            for bucket in self.buckets
-            for number, parameter in enumerate(bucket.parameters)
-        ]
+        for bucket in self.buckets:
+            for number, parameter in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(self._hook(bucket, number))  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """The one place for a backward: what comes outside of it would not be finished, and is refused."""
+        if self.is_scaled:
+            raise RuntimeError(
+                "backward was called on gradients that have been clipped: clip once, after the last backward of a step"
+            )
+        self._taking = True
+        try:
+            yield
+        finally:
+            self._taking = False
 
     @contextmanager
     def kept_local(self) -> Iterator[None]:
@@ -54,9 +66,18 @@ class Gradients(ABC):
         finally:
             self._reducing = before
 
+    @property
+    def has_unsent(self) -> bool:
+        """True if gradients were kept local, and no backward has sent them since; the same on all ranks."""
+        return False
+
     @abstractmethod
     def finish(self) -> None:
-        """End a backward; called on all ranks."""
+        """End a backward, and send what was kept local unless it is still to be; called on all ranks."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """End a backward that failed on this rank, so that it fails on all, and forget all gradients."""
 
     @abstractmethod
     def take(self, bucket: Bucket, number: int, gradient: torch.Tensor) -> None:
@@ -111,24 +132,19 @@ class Gradients(ABC):
         if self._factor is not None:
             torch._foreach_mul_(list(out), self._factor)
 
-    def detach(self) -> None:
-        """Take the hooks off the parameters."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
     def _hook(self, bucket: Bucket, number: int) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 return
-            if gradient.layout != torch.strided:
-                raise ConfigError("low_level_zero needs dense gradients: make the embedding with sparse=False")
-            if self.is_scaled:
+            if not self._taking:
                 raise RuntimeError(
-                    "backward was called on gradients that have been clipped: clip once, after the last backward of a step"
+                    "sharded gradients are taken by booster.backward(loss, optimizer), not loss.backward()"
                 )
-            self.take(bucket, number, gradient.detach())
+            if gradient.layout != torch.strided:
+                raise ConfigError("sharding needs dense gradients: make the embedding with sparse=False")
+            with torch.no_grad():
+                self.take(bucket, number, gradient.detach())
 
         return take
 
@@ -158,6 +174,10 @@ class LocalGradients(Gradients):
     def finish(self) -> None:
         """See the base class: there is nothing to be sent."""
 
+    def abandon(self) -> None:
+        """See the base class."""
+        self.clear()
+
     def of(self, fragment: Fragment) -> torch.Tensor | None:
         """See the base class."""
         return self._kept.get(fragment.parameter)
@@ -173,6 +193,8 @@ class _Filling:
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
+        # The segments that are waited for before the bucket is sent: those that any rank used in the step before.
+        self.expected = [True] * len(bucket.parameters)
         self.forget()
 
     def forget(self) -> None:
@@ -186,8 +208,14 @@ class _Filling:
         self.reduced: torch.Tensor | None = None
 
     @property
+    def is_expected(self) -> bool:
+        """True if a gradient of any segment is waited for; the same on all ranks."""
+        return any(self.expected)
+
+    @property
     def complete(self) -> bool:
-        return all(self.arrived)
+        """True if all that is waited for has come."""
+        return all(came or not wanted for came, wanted in zip(self.arrived, self.expected, strict=True))
 
     def add(self, number: int, gradient: torch.Tensor) -> None:
         """Add to the fp32 buffer."""
@@ -200,6 +228,7 @@ class _Filling:
         else:
             place.copy_(gradient)
             self.valid[number] = True
+        self.arrived[number] = True
 
     def take_buffer(self) -> torch.Tensor:
         """Return the buffer, with zeros for what never came, and begin another."""
@@ -232,43 +261,53 @@ class ReducedGradients(Gradients):
         self._fillings = [_Filling(bucket) for bucket in buckets]
         self._places = {p: number for number, bucket in enumerate(buckets) for p in bucket.parameters}
         self._next = 0
+        self._kept_back = False
+        # A rank gave up in this step, and all know.
+        self._void = False
         self._under_way: deque[tuple[_Filling, Transfer, torch.Tensor]] = deque()
         # Which parameters had a gradient since the last `clear`: on this rank, and on any.
-        self._touched: dict[nn.Parameter, bool] = {p: False for bucket in buckets for p in bucket.parameters}
+        self._touched: dict[nn.Parameter, bool] = dict.fromkeys(self._places, False)
         self._agreed: set[nn.Parameter] = set()
         super().__init__(buckets)
 
     def take(self, bucket: Bucket, number: int, gradient: torch.Tensor) -> None:
-        """See the base class."""
+        """See the base class.
+
+        A gradient that was not waited for, or that comes again when its bucket has been sent (as reentrant
+        checkpointing has it), goes into a new buffer, which `finish` sends.
+        """
         parameter = bucket.parameters[number]
-        place = self._places[parameter]
-        filling = self._fillings[place]
-        if self._reducing and place < self._next:
-            raise RuntimeError(
-                "a gradient came after its bucket was reduced: call booster.backward once for each loss, and give "
-                "activation checkpointing use_reentrant=False"
-            )
-        filling.add(number, gradient)
-        filling.arrived[number] = True
+        self._fillings[self._places[parameter]].add(number, gradient)
         self._touched[parameter] = True
         if self._reducing:
-            while self._next < len(self._fillings) and self._fillings[self._next].complete:
-                self._reduce_next()
+            self._send_complete()
+
+    @property
+    def has_unsent(self) -> bool:
+        """See the base class."""
+        return self._kept_back
 
     def finish(self) -> None:
-        """Reduce what has not been, and learn which parameters any rank has a gradient of."""
+        """See the base class; from then on this rank knows which parameters any rank has a gradient of."""
         if self._reducing:
-            self._agree()
-            for bucket in self.buckets[self._next :]:
-                # All ranks agree on this, so all leave out the same ones.
-                if self._agreed.isdisjoint(bucket.parameters):
-                    self._next += 1
-                else:
-                    self._reduce_next()
+            self._send_expected()
+            late = self._agree(abandoned=False)
+            for filling, is_late in zip(self._fillings, late, strict=True):
+                if is_late:
+                    self._send(filling)
             self._settle(0)
-            self._next = 0
-        for filling in self._fillings:
-            filling.arrived = [False] * len(filling.arrived)
+        self._kept_back = not self._reducing
+        self._end_backward()
+
+    def abandon(self) -> None:
+        """See the base class."""
+        if self._reducing and not self._void:
+            # The others are waiting for these collectives; they learn in the last one that the step is void.
+            self._send_expected()
+            # The failure that is under way says more than this one.
+            with suppress(AlbireoError):
+                self._agree(abandoned=True)
+        self.clear()
 
     def of(self, fragment: Fragment) -> torch.Tensor | None:
         """See the base class."""
@@ -282,15 +321,32 @@ class ReducedGradients(Gradients):
         # A collective under way still writes into its tensors.
         self._settle(0)
         for filling in self._fillings:
+            if self._agreed:
+                filling.expected = [parameter in self._agreed for parameter in filling.bucket.parameters]
             filling.forget()
         self._next = 0
+        self._kept_back = self._void = False
         self._touched = dict.fromkeys(self._touched, False)
         self._agreed = set()
         self._factor = None
 
-    def _reduce_next(self) -> None:
+    def _send_complete(self) -> None:
+        """Send the next buckets, as far as all that is waited for has come."""
+        while self._next < len(self._fillings) and self._fillings[self._next].complete:
+            self._send_next()
+
+    def _send_expected(self) -> None:
+        while self._next < len(self._fillings):
+            self._send_next()
+
+    def _send_next(self) -> None:
         filling = self._fillings[self._next]
         self._next += 1
+        # What nobody waits for is nowhere sent now: `finish` sends it, should it have come on any rank.
+        if filling.is_expected:
+            self._send(filling)
+
+    def _send(self, filling: _Filling) -> None:
         buffer = filling.take_buffer()
         layout = filling.bucket.layout
         if self._scatter:
@@ -315,7 +371,22 @@ class ReducedGradients(Gradients):
             else:
                 filling.reduced.add_(result, alpha=mean)
 
-    def _agree(self) -> None:
-        flags = torch.tensor([float(touched) for touched in self._touched.values()])
-        flags = self._world.sum_in_place(flags)
-        self._agreed = {p for p, ranks in zip(self._touched, flags.tolist(), strict=True) if ranks > 0}
+    def _agree(self, *, abandoned: bool) -> list[bool]:
+        """Learn from all ranks what was used, and which buckets still hold something on any of them.
+
+        Raises:
+            AlbireoError: a rank gave up.
+        """
+        late = [filling.buffer is not None for filling in self._fillings]
+        numbers = [abandoned, *late, *self._touched.values()]
+        flags = self._world.sum_in_place(torch.tensor(numbers, dtype=torch.float32)).tolist()
+        if flags[0] > 0:
+            self._void = True
+            raise AlbireoError("another rank could not finish this step, so no rank steps: its own message says why")
+        self._agreed = {p for p, ranks in zip(self._touched, flags[1 + len(late) :], strict=True) if ranks > 0}
+        return [ranks > 0 for ranks in flags[1 : 1 + len(late)]]
+
+    def _end_backward(self) -> None:
+        self._next = 0
+        for filling in self._fillings:
+            filling.arrived = [False] * len(filling.arrived)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from albireo.distributed import World
 from albireo.distributed.collectives import Transfer, sum_in_rank_order
 from albireo.errors import ConfigError
-from albireo.optim import LossScale, OptimizerWrapper, global_norm
+from albireo.optim import HybridAdam, LossScale, OptimizerWrapper, global_norm, steps_by_flag
 from albireo.sharding.bucket import Bucket, Fragment
 from albireo.sharding.gradients import Gradients
 
@@ -22,6 +22,7 @@ __all__ = ["ShardedOptimizer"]
 _STEP_ELEMENTS = 2**25
 # Their steps are no function of each element alone, so a part of a parameter cannot be stepped without the rest.
 _NOT_ELEMENT_WISE = ("LBFGS", "Adafactor", "Muon", "SparseAdam")
+_IN_PARTS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop)
 
 
 class ShardedOptimizer(OptimizerWrapper):
@@ -56,16 +57,25 @@ class ShardedOptimizer(OptimizerWrapper):
         self._loss_scale = loss_scale
         self._max_norm = max_norm
         self._overlap_gather = overlap_gather
-        self._unfinished = False
         self._scaled = False
+        self._stepping = False
         fragments = {fragment.parameter: fragment for bucket in gradients.buckets for fragment in bucket.fragments}
         self._model_groups = [tuple(group["params"]) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["params"] = [fragments[p].master for p in group["params"] if p in fragments]
+            mine = [(place, fragments[p]) for place, p in enumerate(group["params"]) if p in fragments]
+            for _, fragment in mine:
+                _cut_state(optimizer, fragment)
+            group["params"] = [fragment.master for _, fragment in mine]
+            if "param_names" in group:
+                group["param_names"] = [group["param_names"][place] for place, _ in mine]
+        for parameter in (p for group in self._model_groups for p in group):
+            optimizer.state.pop(parameter, None)
+        self._in_parts = _steps_in_parts(optimizer)
+        optimizer.register_step_pre_hook(self._refuse_step_of_another)
 
     @staticmethod
     def check(optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimizer that cannot step a part of a parameter, or that has begun.
+        """Refuse an optimizer that cannot step a part of a parameter.
 
         Raises:
             ConfigError: with what to do instead.
@@ -73,13 +83,33 @@ class ShardedOptimizer(OptimizerWrapper):
         for kind in type(optimizer).__mro__:
             if kind.__name__ in _NOT_ELEMENT_WISE:
                 raise ConfigError(
-                    f"{kind.__name__} steps a parameter as a whole, and sharding cuts parameters: take HybridAdam or another "
-                    "element-wise optimizer, or TorchDDPPlugin"
+                    f"{kind.__name__} steps a parameter as a whole, and sharding cuts parameters: take HybridAdam or "
+                    "another element-wise optimizer, or TorchDDPPlugin"
                 )
-        if optimizer.state:
-            raise ConfigError(
-                "this optimizer has states already, which sharding would lose: boost it first, then booster.load_optimizer"
-            )
+
+    def state_dict(self) -> NoReturn:
+        """Refuse: this rank's part alone would be of no use.
+
+        Raises:
+            ConfigError: always; it says what to call.
+        """
+        raise ConfigError("a sharded optimizer is saved by booster.save_optimizer, which all ranks call")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> NoReturn:  # noqa: ARG002
+        """Refuse: see `state_dict`.
+
+        Raises:
+            ConfigError: always; it says what to call.
+        """
+        raise ConfigError("a sharded optimizer is loaded by booster.load_optimizer, which all ranks call")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:  # noqa: ARG002
+        """Refuse: what is sharded is settled when the model is boosted.
+
+        Raises:
+            ConfigError: always; it says what to do.
+        """
+        raise ConfigError("give the optimizer all its groups before boost: parameters cannot be sharded afterwards")
 
     @property
     def model_groups(self) -> list[tuple[nn.Parameter, ...]]:
@@ -94,12 +124,10 @@ class ShardedOptimizer(OptimizerWrapper):
 
     def gradients(self) -> list[torch.Tensor]:
         """Return this rank's gradients as they are kept: 1-D, in fp32 or narrower."""
-        self._finish()
         return [gradient for _, gradient in self._gradients.kept()]
 
     def exported_gradients(self) -> Iterator[tuple[Fragment, torch.Tensor]]:
         """Yield each fragment that has a gradient, and the gradient in fp32 without the loss scale."""
-        self._finish()
         unscaled = self._gradients.is_scaled or not self._scaled
         for fragment, gradient in self._gradients.kept():
             wide = gradient
@@ -113,14 +141,18 @@ class ShardedOptimizer(OptimizerWrapper):
 
         Args:
             loss: a scalar.
+
+        Raises:
+            AlbireoError: it failed on another rank.
+            RuntimeError: the gradients so far have been clipped.
         """
         self._grad_norm = None
-        self._unfinished = True
         if self._loss_scale is not None:
             self._scaled = True
             loss = loss * self._loss_scale.value
-        torch.autograd.backward(loss)
-        self._finish()
+        with self._gradients.backward():
+            torch.autograd.backward(loss)
+        self._gradients.finish()
 
     def clip_grad_by_norm(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Unscale the gradients, and clip them by their global norm; see the base class."""
@@ -143,32 +175,41 @@ class ShardedOptimizer(OptimizerWrapper):
         raise ConfigError(f"sharded gradients are clipped by their norm: call clip_grad_by_norm, not by {clip_value:g}")
 
     def get_grad_norm(self) -> float | None:
-        """See the base class."""
-        if self._grad_norm is None and not any(True for _ in self._gradients.kept()) and self._world.world_size == 1:
-            return None
-        return float(self._norm())
+        """Return the gradients' global norm; waits for the device, and for no other rank.
+
+        Returns:
+            The norm before clipping of what was last clipped or stepped; None if there are no gradients, or if over
+            several ranks they have not been clipped yet.
+        """
+        if self._grad_norm is None and self._world.world_size == 1 and any(True for _ in self._gradients.kept()):
+            self._norm()
+        return None if self._grad_norm is None else float(self._grad_norm)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:
         """Step the fragments, and bring the new weights to all ranks.
 
         Raises:
             ConfigError: a closure is given.
-            RuntimeError: in fp16, there was no backward through this optimizer, so that the gradients are not scaled.
+            RuntimeError: in fp16, there was no backward through this optimizer, so that the gradients are not scaled; or
+                somebody else has written to the weights.
         """
         if closure is not None:
             raise ConfigError("a sharded optimizer takes no closure: run backward first, then step")
-        self._finish()
         if self._loss_scale is not None and not self._scaled:
-            raise RuntimeError(
-                "there are no scaled gradients: with fp16, call booster.backward(loss, optimizer), not loss.backward()"
-            )
+            raise RuntimeError("there are no scaled gradients: call booster.backward(loss, optimizer) before the step")
+        for bucket in self._gradients.buckets:
+            bucket.check_untouched()
+        if self._gradients.has_unsent:
+            self._gradients.finish()
         if not self._gradients.is_scaled:
             self.clip_grad_by_norm(self._max_norm)
         overflow = None
         if self._loss_scale is not None:
+            # Exactly 1 or 0: a fused kernel takes any other number for no overflow.
             overflow = (~torch.isfinite(self._norm())).float()
-        if overflow is None or self._steps_by_flag() or not bool(overflow):
-            with self._flag(overflow):
+        by_flag = overflow is not None and self._steps_by_flag()
+        if overflow is None or by_flag or not bool(overflow):
+            with self._flag(overflow if by_flag else None):
                 self._step_all()
         if self._loss_scale is not None and overflow is not None:
             self._loss_scale.update(overflow)
@@ -176,11 +217,17 @@ class ShardedOptimizer(OptimizerWrapper):
         # A step that was left out for an overflow is a step to a schedule: torch is not to warn of a wrong order.
         vars(self.optim)["_opt_called"] = True
 
+    def abandon_step(self) -> None:
+        """Forget a step that failed on this rank, so that it fails on all."""
+        self._gradients.abandon()
+        self._grad_norm = None
+        self._scaled = False
+
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  gradients are never kept as zeros
         """Forget the gradients."""
         self._gradients.clear()
         self._grad_norm = None
-        self._unfinished = self._scaled = False
+        self._scaled = False
 
     def gradient_scale(self) -> torch.Tensor | None:
         """See the base class."""
@@ -197,16 +244,9 @@ class ShardedOptimizer(OptimizerWrapper):
         if self._loss_scale is not None and state:
             self._loss_scale.load(state)
 
-    def _finish(self) -> None:
-        """End a backward that went through this optimizer."""
-        if self._unfinished:
-            self._gradients.finish()
-            self._unfinished = False
-
     def _norm(self) -> torch.Tensor:
         """Return the true global norm of the step's gradients as they were before clipping."""
         if self._grad_norm is None:
-            self._finish()
             norm = global_norm(
                 (gradient for _, gradient in self._gradients.kept()),
                 lambda squares: sum_in_rank_order(squares, self._world),
@@ -223,13 +263,18 @@ class ShardedOptimizer(OptimizerWrapper):
             self._gradients.scale(factor)
 
     def _steps_by_flag(self) -> bool:
-        """Return True if the optimizer's kernels themselves leave a step out where a flag on the device says so."""
-        return bool(getattr(self.optim, "_step_supports_amp_scaling", False))
+        """Return True if the optimizer's kernels themselves leave a step out where a flag on the device says so.
+
+        Without states they would be made for a step that is left out, and some are made without being filled.
+        """
+        return steps_by_flag(self.optim) and all(
+            fragment.master in self.optim.state for fragment, _ in self._gradients.kept()
+        )
 
     @contextmanager
     def _flag(self, overflow: torch.Tensor | None) -> Iterator[None]:
         """Show the flag to fused kernels, by the attributes that torch's own loss scaler sets."""
-        if overflow is None or not self._steps_by_flag():
+        if overflow is None:
             yield
             return
         attributes: dict[str, Any] = vars(self.optim)
@@ -238,6 +283,10 @@ class ShardedOptimizer(OptimizerWrapper):
             yield
         finally:
             del attributes["grad_scale"], attributes["found_inf"]
+
+    def _refuse_step_of_another(self, *_: Any) -> None:
+        if not self._stepping:
+            raise RuntimeError("step the optimizer that boost returned: this one's gradients are not here")
 
     def _step_all(self) -> None:
         """Step the buckets that forward needs first, first."""
@@ -254,8 +303,7 @@ class ShardedOptimizer(OptimizerWrapper):
                     group.update(before)
                 self._step_some(buckets, group_of)
                 for bucket in buckets:
-                    bucket.refresh_partition()
-                    gathers.append(bucket.gather())
+                    gathers.append(bucket.publish())
                     if not self._overlap_gather:
                         gathers.pop().wait()
         finally:
@@ -269,7 +317,7 @@ class ShardedOptimizer(OptimizerWrapper):
         batch: list[Bucket] = []
         elements = 0
         for bucket in reversed(self._gradients.buckets):
-            if batch and elements + bucket.layout.partition_numel > _STEP_ELEMENTS:
+            if self._in_parts and batch and elements + bucket.layout.partition_numel > _STEP_ELEMENTS:
                 yield batch
                 batch, elements = [], 0
             batch.append(bucket)
@@ -302,7 +350,34 @@ class ShardedOptimizer(OptimizerWrapper):
         try:
             for number, group in enumerate(self.optim.param_groups):
                 group["params"] = [fragment.master for fragment, _ in found if group_of[fragment.master] == number]
+            self._stepping = True
             self.optim.step()
         finally:
+            self._stepping = False
             for fragment, _ in found:
                 fragment.master.grad = None
+
+
+def _cut_state(optimizer: torch.optim.Optimizer, fragment: Fragment) -> None:
+    """Give a fragment its part of what an optimizer keeps of the parameter already: Adagrad has states from the start."""
+    cut, parameter = fragment.cut, fragment.parameter
+    for key, value in optimizer.state.get(parameter, {}).items():
+        part = value
+        if isinstance(value, torch.Tensor):
+            # A parameter that is one number has states of one number too, beside its count of steps.
+            if value.shape == parameter.shape and (value.dim() > 0 or key != "step"):
+                part = value.reshape(-1)[cut.start : cut.stop].clone().to(fragment.master.device)
+            elif value.numel() == 1:
+                part = value.clone()
+            else:
+                raise ConfigError(
+                    f"the optimizer keeps {key} of shape {tuple(value.shape)} for a parameter of shape "
+                    f"{tuple(parameter.shape)}, which cannot be sharded: take an element-wise optimizer"
+                )
+        optimizer.state[fragment.master][key] = part
+
+
+def _steps_in_parts(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True if several calls on parts of the parameters are one step: known of torch's own, without hooks."""
+    hooks = (vars(optimizer).get(f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
+    return (isinstance(optimizer, HybridAdam) or type(optimizer) in _IN_PARTS) and not any(hooks)
