@@ -138,8 +138,10 @@ def case(
     bucket: float = 12.0,
     overlap: bool = True,
     precision: str = "fp32",
+    offload: bool = False,
 ) -> dict[str, Any]:
     plugin = LowLevelZeroPlugin(
+        cpu_offload=offload,
         stage=stage,
         precision=precision,
         reduce_bucket_size_in_m=bucket,
@@ -197,6 +199,10 @@ def assert_same(got: Mapping[str, Any], wanted: Mapping[str, Any], tolerance: fl
         {"stage": 2, "accumulate": 1, "clip": 0.5, "bucket": 0.002, "overlap": False},
         {"stage": 2, "accumulate": 1, "clip": 0.5, "kind": "SGD", "bucket": 0.002},
         {"stage": 1, "accumulate": 2, "clip": 0.0, "kind": "AdamW"},
+        {"stage": 2, "accumulate": 1, "clip": 0.5, "bucket": 0.002, "offload": True},
+        {"stage": 2, "accumulate": 3, "clip": 0.5, "offload": True},
+        {"stage": 1, "accumulate": 2, "clip": 0.0, "offload": True, "tied": False},
+        {"stage": 2, "accumulate": 2, "clip": 0.5, "offload": True, "kind": "SGD"},
     ],
     ids=lambda how: "-".join(f"{key}={value}" for key, value in how.items()),
 )
@@ -257,9 +263,9 @@ def test_sixteen_bits_compute_and_fp32_is_stepped(precision: str, accumulate: in
         assert fragment.parameter.dtype == dtype
 
 
-def skip_case(world: World, stage: int, kind: str) -> dict[str, Any]:
+def skip_case(world: World, stage: int, kind: str, offload: bool) -> dict[str, Any]:
     """A step whose gradient overflows on the last rank alone, between two good ones."""
-    plugin = LowLevelZeroPlugin(stage=stage, precision="fp16", initial_scale=2.0**10, hysteresis=1)
+    plugin = LowLevelZeroPlugin(stage=stage, precision="fp16", initial_scale=2.0**10, hysteresis=1, cpu_offload=offload)
     booster, model, optimizer = boosted(world, plugin, kind=kind)
     train(booster, model, optimizer, range(1), 1, 0.5)
 
@@ -291,9 +297,11 @@ def skip_case(world: World, stage: int, kind: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("kind", ["HybridAdam", "AdamW"])
-@pytest.mark.parametrize("stage", [1, 2])
-def test_an_overflow_on_one_rank_leaves_no_trace_on_any(run_case: Run, world_size: int, kind: str, stage: int) -> None:
-    for result in run_case(skip_case, world_size, stage=stage, kind=kind):
+@pytest.mark.parametrize(("stage", "offload"), [(1, False), (2, False), (2, True)])
+def test_an_overflow_on_one_rank_leaves_no_trace_on_any(
+    run_case: Run, world_size: int, kind: str, stage: int, offload: bool
+) -> None:
+    for result in run_case(skip_case, world_size, stage=stage, kind=kind, offload=offload):
         assert result == {"finite": False, "unchanged": True, "scale": 2.0**9, "moved": True, "counts": [2]}
 
 
@@ -321,9 +329,11 @@ def test_a_loop_of_the_users_own_accumulates_with_no_sync(run_case: Run, world_s
             torch.testing.assert_close(torch.tensor(weights[name]), torch.tensor(values), rtol=0, atol=2e-5)
 
 
-def save_case(world: World, folder: str, stage: int, precision: str) -> list[list[float]]:
+def save_case(world: World, folder: str, stage: int, precision: str, offload: bool = False) -> list[list[float]]:
     """Train two steps, save, and train two more."""
-    booster, model, optimizer = boosted(world, LowLevelZeroPlugin(stage=stage, precision=precision))
+    booster, model, optimizer = boosted(
+        world, LowLevelZeroPlugin(stage=stage, precision=precision, cpu_offload=offload)
+    )
     train(booster, model, optimizer, range(2), 1, 0.5)
     names, aliases = tensor_names(model.unwrap())
     snapshot = Snapshot(
@@ -336,8 +346,10 @@ def save_case(world: World, folder: str, stage: int, precision: str) -> list[lis
     return train(booster, model, optimizer, range(2, STEPS), 1, 0.5)
 
 
-def load_case(world: World, folder: str, stage: int, precision: str) -> list[list[float]]:
-    booster, model, optimizer = boosted(world, LowLevelZeroPlugin(stage=stage, precision=precision))
+def load_case(world: World, folder: str, stage: int, precision: str, offload: bool = False) -> list[list[float]]:
+    booster, model, optimizer = boosted(
+        world, LowLevelZeroPlugin(stage=stage, precision=precision, cpu_offload=offload)
+    )
     train(booster, model, optimizer, range(1), 1, 0.5)  # what is there is to be forgotten
     names, _ = tensor_names(model.unwrap())
     checkpoint = open_checkpoint(Path(folder) / "step-00000002")
@@ -346,16 +358,49 @@ def load_case(world: World, folder: str, stage: int, precision: str) -> list[lis
     return train(booster, model, optimizer, range(2, STEPS), 1, 0.5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "then"),
+    [("fp32", {"stage": 1}), ("fp16", {"stage": 2}), ("fp32", {"stage": 2, "offload": True})],
+    ids=["another stage", "a loss scale", "to the host"],
+)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_what_is_saved_goes_on_to_the_bit(run_case: Run, tmp_path: Path, world_size: int, precision: str) -> None:
+def test_what_is_saved_goes_on_to_the_bit(
+    run_case: Run, tmp_path: Path, world_size: int, precision: str, then: dict[str, Any]
+) -> None:
     saved = run_case(save_case, world_size, folder=str(tmp_path), stage=2, precision=precision)
-    assert (
-        run_case(
-            load_case, world_size, folder=str(tmp_path), stage=1 if precision == "fp32" else 2, precision=precision
-        )
-        == saved
-    )
+    assert run_case(load_case, world_size, folder=str(tmp_path), precision=precision, **then) == saved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_where_adam_runs_on_the_same_side_offloading_changes_no_bit(precision: str, accumulate: int) -> None:
+    results = []
+    for offload in (False, True):
+        booster, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision=precision, cpu_offload=offload))
+        numbers = train(booster, model, optimizer, range(STEPS), accumulate, 0.5)
+        names, _ = tensor_names(model.unwrap())
+        parts = booster.plugin.export_state(model, optimizer, names, ALONE)
+        results.append((numbers, {part.name: part.data for part in parts}))
+    assert results[0][0] == results[1][0]
+    assert results[0][1].keys() == results[1][1].keys()
+    for name, data in results[0][1].items():
+        assert torch.equal(data, results[1][1][name]), name
+
+
+def test_offloaded_gradients_add_up_over_backwards_that_nobody_announced() -> None:
+    def trained(plugin: Plugin) -> list[torch.Tensor]:
+        booster, model, optimizer = boosted(ALONE, plugin)
+        for step in range(2):
+            for batch in batches_of(step, 0, 3):
+                booster.backward(model(**batch)[0] / 20, optimizer)
+            optimizer.clip_grad_by_norm(0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(model.unwrap().parameters())
+
+    offloaded = trained(LowLevelZeroPlugin(precision="fp32", cpu_offload=True))
+    for mine, theirs in zip(offloaded, trained(LowLevelZeroPlugin(precision="fp32")), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 def test_a_checkpoint_of_two_ranks_is_the_plain_plugins_too(run_case: Run, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from albireo.optim.adam import HybridAdam, adamw
 from albireo.optim.group_state import complete_names, named_groups, restore_named_groups
 from albireo.optim.groups import decay_groups
-from albireo.optim.host_stepper import HostStepper, Ticket, stepper_threads
+from albireo.optim.host_stepper import HostStepper, stepper_threads
+from albireo.optim.host_ticket import Ticket
 from albireo.optim.loss_scale import LossScale, LossScalePolicy
-from albireo.optim.norm import clip_by_norm, global_norm
+from albireo.optim.norm import clip_by_norm, global_norm, sum_of_squares
 from albireo.optim.schedule import learning_rate_factor, scheduler_for, set_scheduler_step, warmup_steps_of
 from albireo.optim.state import named_state, restore_named_state
-from albireo.optim.wrapper import OptimizerWrapper, ScaledOptimizer
+from albireo.optim.wrapper import OptimizerWrapper, ScaledOptimizer, steps_by_flag
 
 __all__ = [
     "HostStepper",
@@ -31,5 +32,7 @@ __all__ = [
     "scheduler_for",
     "set_scheduler_step",
     "stepper_threads",
+    "steps_by_flag",
+    "sum_of_squares",
     "warmup_steps_of",
 ]

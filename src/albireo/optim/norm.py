@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-__all__ = ["clip_by_norm", "global_norm"]
+__all__ = ["clip_by_norm", "global_norm", "sum_of_squares"]
 
 _BLOCK = 512
 
@@ -26,14 +26,21 @@ def global_norm(
         An fp32 scalar on that device; zero if there is no gradient. Of no gradients it lies on the host, or where
         `sum_over_ranks` put it.
     """
-    squares = _sum_of_squares(list(gradients))
+    squares = sum_of_squares(list(gradients))
     if sum_over_ranks is not None:
         squares = sum_over_ranks(squares)
     return squares.sqrt().float()
 
 
-def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Return the sum over all elements, an fp64 scalar."""
+def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the sum of the squares of all elements: what a global norm is the root of.
+
+    Args:
+        tensors: of any shapes on one device.
+
+    Returns:
+        An fp64 scalar on that device; a zero on the host if there is no tensor.
+    """
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32

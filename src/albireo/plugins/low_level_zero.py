@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from albireo.checkpoint import TensorSlice, TensorSource, whole
+from albireo.device.cores import usable_cores
 from albireo.distributed import World
 from albireo.errors import ConfigError
-from albireo.optim import LossScale, LossScalePolicy, OptimizerWrapper
+from albireo.optim import HostStepper, LossScale, LossScalePolicy, OptimizerWrapper, stepper_threads
 from albireo.plugins.base import Criterion, ModelWrapper, Plugin
 from albireo.plugins.casting import CastInputs, CriterionInFp32, compute_dtypes
 from albireo.plugins.importing import check_model_source
@@ -21,7 +22,9 @@ from albireo.plugins.state_files import on_all
 from albireo.sharding import (
     Bucket,
     Fragment,
+    GradientOffload,
     Gradients,
+    HostStep,
     LocalGradients,
     ReducedGradients,
     ShardedOptimizer,
@@ -80,7 +83,8 @@ class LowLevelZeroPlugin(Plugin):
         communication_dtype: None or torch.float32: sums over ranks are made in fp32.
         overlap_communication: reduce while backward runs.
         overlap_allgather: fetch new weights while others are stepped.
-        cpu_offload: False; True is refused.
+        cpu_offload: fp32 weights and optimizer states are in host memory; Adam and AdamW are stepped there on threads
+            of their own, other optimizers by torch.
         master_weights: True; False is refused.
 
     Raises:
@@ -117,8 +121,6 @@ class LowLevelZeroPlugin(Plugin):
             )
         if not master_weights:
             raise ConfigError("fp32 weights are always kept: leave master_weights=True")
-        if cpu_offload:
-            raise ConfigError("cpu_offload is not there yet: take TorchFSDPPlugin(cpu_offload=True)")
         if max_norm < 0:
             raise ConfigError(f"max_norm is a bound, or 0 for none, not {max_norm:g}")
         if not reduce_bucket_size_in_m > 0:
@@ -133,6 +135,7 @@ class LowLevelZeroPlugin(Plugin):
         self._bucket_elements = max(1, int(reduce_bucket_size_in_m * 2**20))
         self._overlap_communication = overlap_communication
         self._overlap_gather = overlap_allgather
+        self._cpu_offload = cpu_offload
 
     def choose_precision(self, precision: str) -> None:
         """See the base class."""
@@ -156,8 +159,9 @@ class LowLevelZeroPlugin(Plugin):
         sharded = [p for p in parameters if p in dtypes and p.numel() > 0]
         trained = [p for p in sharded if p.requires_grad and p in stepped]
         others = [p for p in sharded if not (p.requires_grad and p in stepped)]
-        made = make_buckets(trained, dtypes, world, bucket_elements=self._bucket_elements)
-        kept = make_buckets(others, dtypes, world, bucket_elements=self._bucket_elements)
+        elements, on_host = self._bucket_elements, self._cpu_offload
+        made = make_buckets(trained, dtypes, world, bucket_elements=elements, on_host=on_host)
+        kept = make_buckets(others, dtypes, world, bucket_elements=elements, on_host=on_host)
         gradients: Gradients | None = None
         wrapped: OptimizerWrapper | None = None
         if optimizer is not None:
@@ -169,6 +173,7 @@ class LowLevelZeroPlugin(Plugin):
                 loss_scale=LossScale(self._policy, world.device) if self.precision == "fp16" else None,
                 max_norm=self._max_norm,
                 overlap_gather=self._overlap_gather,
+                host_step=self._host_step(optimizer, made, world),
             )
         module = model if dtype == torch.float32 else CastInputs(model, dtype)
         return _ShardedModel(module, model, [*made, *kept], gradients, world), wrapped
@@ -184,7 +189,10 @@ class LowLevelZeroPlugin(Plugin):
 
     def accumulation_context(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class: in stage 2 there is no room for whole gradients, so each micro-batch's are reduced."""
-        return self.no_sync(model) if self.stage == 1 else nullcontext()
+        gradients = _sharded(model).gradients
+        if gradients is None:
+            return nullcontext()
+        return gradients.kept_local() if self.stage == 1 else gradients.more_to_come()
 
     def export_model(
         self, model: ModelWrapper, names: Mapping[torch.Tensor, str], world: World
@@ -250,9 +258,22 @@ class LowLevelZeroPlugin(Plugin):
         restore_optimizer(wrapped.unwrap(), wrapped.fragments, stepped, source)
 
     def _gradients(self, buckets: list[Bucket], world: World) -> Gradients:
+        offload = GradientOffload(buckets, world.device) if self._cpu_offload else None
         if world.world_size == 1:
-            return LocalGradients(buckets)
-        return ReducedGradients(buckets, world, scatter=self.stage == 2, overlap=self._overlap_communication)
+            return LocalGradients(buckets, offload)
+        return ReducedGradients(
+            buckets, world, scatter=self.stage == 2, overlap=self._overlap_communication, offload=offload
+        )
+
+    def _host_step(self, optimizer: torch.optim.Optimizer, buckets: list[Bucket], world: World) -> HostStep | None:
+        """Return what steps on the host; None where the optimizer's own step does."""
+        if not self._cpu_offload:
+            return None
+        try:
+            stepper = HostStepper(optimizer, threads=stepper_threads(usable_cores(), ranks=world.world_size))
+        except ConfigError:  # it steps Adam and AdamW alone
+            return None
+        return HostStep(stepper, buckets, world.device)
 
 
 def _sharded(model: ModelWrapper) -> _ShardedModel:

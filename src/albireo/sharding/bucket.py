@@ -47,6 +47,7 @@ class Bucket:
         parameters: of floating point, not fp64, on one device.
         dtype: what computes.
         world: the ranks that share it.
+        on_host: fp32 weights are in host memory.
 
     Attributes:
         parameters: in the order of the segments.
@@ -57,15 +58,20 @@ class Bucket:
         fragments: this rank's parts of parameters.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype, world: World) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], dtype: torch.dtype, world: World, *, on_host: bool = False
+    ) -> None:
         self.parameters = tuple(parameters)
         self.layout = FlatLayout.of([parameter.shape for parameter in parameters], world.world_size)
         device = parameters[0].device
         self.compute = torch.zeros(self.layout.numel, dtype=dtype, device=device)
         first = world.rank * self.layout.partition_numel
         self.partition = self.compute[first : first + self.layout.partition_numel]
-        shared = dtype == torch.float32
-        self.master = self.partition if shared else torch.zeros_like(self.partition, dtype=torch.float32)
+        if dtype == torch.float32 and not on_host:
+            self.master = self.partition
+        else:
+            place = torch.device("cpu") if on_host else device
+            self.master = torch.zeros(self.layout.partition_numel, dtype=torch.float32, device=place)
         cuts = {cut.segment: cut for cut in self.layout.cuts(world.rank)}
         fragments = []
         for number, (parameter, segment) in enumerate(zip(self.parameters, self.layout.segments, strict=True)):
@@ -73,23 +79,26 @@ class Bucket:
             self.compute[segment.offset : segment.stop].copy_(flat)
             if number in cuts:
                 cut = cuts[number]
-                place = slice(cut.offset, cut.offset + cut.numel)
-                self.master[place].copy_(flat[cut.start : cut.stop])
-                master = nn.Parameter(self.master[place], requires_grad=parameter.requires_grad)
-                fragments.append(Fragment(parameter, number, cut, master, self.partition[place]))
+                run = slice(cut.offset, cut.offset + cut.numel)
+                self.master[run].copy_(flat[cut.start : cut.stop])
+                master = nn.Parameter(self.master[run], requires_grad=parameter.requires_grad)
+                fragments.append(Fragment(parameter, number, cut, master, self.partition[run]))
             parameter.grad = None
             # The old memory goes with this, one parameter at a time: there are never two copies of a whole model.
             parameter.data = self.compute[segment.offset : segment.stop].view(parameter.shape)
         self.fragments = tuple(fragments)
         self._versions = [_version(parameter) for parameter in self.parameters]
 
-    def publish(self) -> Transfer:
+    def publish(self, *, is_cast: bool = False) -> Transfer:
         """Cast this rank's fp32 weights into the buffer that computes, and fetch the other ranks' there.
+
+        Args:
+            is_cast: the first has been done.
 
         Returns:
             What is to be waited for before the buffer is read.
         """
-        if self.master.data_ptr() != self.partition.data_ptr():
+        if not is_cast and self.master is not self.partition:
             self.partition.copy_(self.master)
         # Autograd is to see that the weights are others: a backward through a forward of before would be wrong.
         torch.autograd.graph.increment_version(list(self.parameters))
@@ -130,6 +139,7 @@ def make_buckets(
     world: World,
     *,
     bucket_elements: int,
+    on_host: bool = False,
 ) -> list[Bucket]:
     """Deal parameters to buckets, the last first: about the order in which their gradients come.
 
@@ -138,11 +148,12 @@ def make_buckets(
         dtypes: what each computes in; a bucket has one.
         world: the ranks that share them.
         bucket_elements: about how many elements a bucket has.
+        on_host: fp32 weights are in host memory.
     """
     backward_order = list(reversed(parameters))
     buckets = []
     for dtype, run in itertools.groupby(backward_order, key=dtypes.__getitem__):
         members = list(run)
         plan = plan_buckets([parameter.numel() for parameter in members], bucket_elements)
-        buckets += [Bucket([members[number] for number in numbers], dtype, world) for numbers in plan]
+        buckets += [Bucket([members[number] for number in numbers], dtype, world, on_host=on_host) for numbers in plan]
     return buckets

@@ -17,7 +17,9 @@ from torch import nn
 from albireo.distributed import World
 from albireo.distributed.collectives import Transfer, all_reduce, reduce_scatter
 from albireo.errors import AlbireoError, ConfigError
+from albireo.optim import sum_of_squares
 from albireo.sharding.bucket import Bucket, Fragment
+from albireo.sharding.offload import GradientOffload
 
 __all__ = ["Gradients", "LocalGradients", "ReducedGradients"]
 
@@ -30,14 +32,18 @@ class Gradients(ABC):
 
     Args:
         buckets: whose parameters, in the order in which they are to be reduced.
+        offload: takes gradients to the host as soon as they are complete; None keeps them on the device.
 
     Attributes:
         buckets: the same.
+        offload: the same.
     """
 
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
+    def __init__(self, buckets: Sequence[Bucket], offload: GradientOffload | None = None) -> None:
         self.buckets = tuple(buckets)
+        self.offload = offload
         self._taking = False
+        self._more_to_come = False
         self._reducing = True
         self._factor: torch.Tensor | None = None
         for bucket in self.buckets:
@@ -66,6 +72,15 @@ class Gradients(ABC):
         finally:
             self._reducing = before
 
+    @contextmanager
+    def more_to_come(self) -> Iterator[None]:
+        """Within it, a backward is not the step's last: what it leaves is not complete yet."""
+        before, self._more_to_come = self._more_to_come, True
+        try:
+            yield
+        finally:
+            self._more_to_come = before
+
     @property
     def has_unsent(self) -> bool:
         """True if gradients were kept local, and no backward has sent them since; the same on all ranks."""
@@ -93,6 +108,12 @@ class Gradients(ABC):
     def of(self, fragment: Fragment) -> torch.Tensor | None:
         """Return a fragment's gradient as it is kept, 1-D, in fp32 or narrower; None if no rank has one."""
 
+    def has(self, fragment: Fragment) -> bool:
+        """Return True if a fragment is to be stepped; waits for no copy."""
+        if self.offload is not None and self.offload.in_flight(fragment) is not None:
+            return True
+        return self.of(fragment) is not None
+
     @abstractmethod
     def clear(self) -> None:
         """Forget all gradients."""
@@ -102,16 +123,32 @@ class Gradients(ABC):
         """True once `scale` has been called."""
         return self._factor is not None
 
+    @property
+    def factor(self) -> torch.Tensor | None:
+        """What `scale` was given, and gradients that `is_to_be_cast` still are to be multiplied by."""
+        return self._factor
+
     def scale(self, factor: torch.Tensor) -> None:
-        """Multiply all gradients. 16-bit ones are left as they are: in fp32 they are multiplied when they are cast.
+        """Multiply all gradients. Those that are to be cast are left as they are: they are multiplied in fp32, then.
 
         Args:
             factor: an fp32 scalar on the device.
         """
         self._factor = factor if self._factor is None else self._factor * factor
-        wide = [gradient for _, gradient in self.kept() if gradient.dtype == torch.float32]
-        if wide:
-            torch._foreach_mul_(wide, factor)
+        ready = [gradient for _, gradient in self.kept() if not self.is_to_be_cast(gradient)]
+        if ready:
+            torch._foreach_mul_(ready, factor)
+
+    def is_to_be_cast(self, gradient: torch.Tensor) -> bool:
+        """Return True if a gradient, as it is kept, is not what is to be stepped: it is narrow, or it was offloaded."""
+        return self.offload is not None or gradient.dtype != torch.float32
+
+    def sum_of_squares(self) -> torch.Tensor:
+        """Return the sum of squares of this rank's gradients as they are kept, an fp64 scalar."""
+        if self.offload is not None:
+            fragments = (fragment for bucket in self.buckets for fragment in bucket.fragments)
+            return self.offload.sum_of_squares(fragments)
+        return sum_of_squares([gradient for _, gradient in self.kept()])
 
     def kept(self) -> Iterator[tuple[Fragment, torch.Tensor]]:
         """Yield each fragment that has a gradient, and the gradient as it is kept, in the buckets' order."""
@@ -122,15 +159,15 @@ class Gradients(ABC):
                     yield fragment, gradient
 
     def cast(self, gradients: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
-        """Cast 16-bit gradients to fp32, and scale them as the others have been.
+        """Cast gradients to fp32, and scale them as the others have been.
 
         Args:
             gradients: as they are kept.
-            out: fp32 tensors of the same shapes.
+            out: fp32 tensors of the same shapes, on the same device.
         """
         torch._foreach_copy_(list(out), list(gradients))
-        if self._factor is not None:
-            torch._foreach_mul_(list(out), self._factor)
+        if self._factor is not None and out:
+            torch._foreach_mul_(list(out), self._factor.to(out[0].device))
 
     def _hook(self, bucket: Bucket, number: int) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
@@ -156,23 +193,38 @@ class LocalGradients(Gradients):
     in fp32.
     """
 
-    def __init__(self, buckets: Sequence[Bucket]) -> None:
-        super().__init__(buckets)
+    def __init__(self, buckets: Sequence[Bucket], offload: GradientOffload | None = None) -> None:
+        super().__init__(buckets, offload)
         self._kept: dict[nn.Parameter, torch.Tensor] = {}
+        # Alone, each parameter is one fragment.
+        self._fragments = {fragment.parameter: fragment for bucket in buckets for fragment in bucket.fragments}
 
     def take(self, bucket: Bucket, number: int, gradient: torch.Tensor) -> None:
         """See the base class."""
         parameter = bucket.parameters[number]
-        kept = self._kept.get(parameter)
-        if kept is None:
-            self._kept[parameter] = gradient.reshape(-1)
-            return
-        if kept.dtype != torch.float32:
-            kept = self._kept[parameter] = kept.float()
-        kept.add_(gradient.reshape(-1))
+        fragment = self._fragments[parameter]
+        kept = self._kept.pop(parameter, None)
+        if kept is None and self.offload is not None:
+            kept = self.offload.recall(fragment)
+        total = gradient.reshape(-1)
+        if kept is not None:
+            total = (kept if kept.dtype == torch.float32 else kept.float()).add_(total)
+        if self.offload is not None and self._reducing and not self._more_to_come:
+            self.offload.send(fragment, total)
+        else:
+            self._kept[parameter] = total
+
+    @property
+    def has_unsent(self) -> bool:
+        """See the base class."""
+        return self.offload is not None and bool(self._kept)
 
     def finish(self) -> None:
-        """See the base class: there is nothing to be sent."""
+        """See the base class: there are no ranks, but what came earlier in the step and not again goes to the host."""
+        if self.offload is not None and self._reducing and not self._more_to_come:
+            for parameter, gradient in self._kept.items():
+                self.offload.send(self._fragments[parameter], gradient)
+            self._kept.clear()
 
     def abandon(self) -> None:
         """See the base class."""
@@ -180,11 +232,15 @@ class LocalGradients(Gradients):
 
     def of(self, fragment: Fragment) -> torch.Tensor | None:
         """See the base class."""
+        if self.offload is not None and fragment.parameter not in self._kept:
+            return self.offload.of(fragment)
         return self._kept.get(fragment.parameter)
 
     def clear(self) -> None:
         """See the base class."""
         self._kept.clear()
+        if self.offload is not None:
+            self.offload.clear()
         self._factor = None
 
 
@@ -252,9 +308,18 @@ class ReducedGradients(Gradients):
         world: the ranks.
         scatter: each rank gets the sums of its partition alone (stage 2), or all sums, of which it keeps its own.
         overlap: reduce while backward runs; else each reduction is waited for.
+        offload: see the base class.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], world: World, *, scatter: bool, overlap: bool) -> None:
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        world: World,
+        *,
+        scatter: bool,
+        overlap: bool,
+        offload: GradientOffload | None = None,
+    ) -> None:
         self._world = world
         self._scatter = scatter
         self._most_under_way = _UNDER_WAY if overlap else 0
@@ -268,7 +333,7 @@ class ReducedGradients(Gradients):
         # Which parameters had a gradient since the last `clear`: on this rank, and on any.
         self._touched: dict[nn.Parameter, bool] = dict.fromkeys(self._places, False)
         self._agreed: set[nn.Parameter] = set()
-        super().__init__(buckets)
+        super().__init__(buckets, offload)
 
     def take(self, bucket: Bucket, number: int, gradient: torch.Tensor) -> None:
         """See the base class.
@@ -296,6 +361,8 @@ class ReducedGradients(Gradients):
                 if is_late:
                     self._send(filling)
             self._settle(0)
+            if not self._more_to_come:
+                self._offload_all()
         self._kept_back = not self._reducing
         self._end_backward()
 
@@ -311,15 +378,19 @@ class ReducedGradients(Gradients):
 
     def of(self, fragment: Fragment) -> torch.Tensor | None:
         """See the base class."""
-        reduced = self._fillings[self._places[fragment.parameter]].reduced
-        if reduced is None or fragment.parameter not in self._agreed:
+        if fragment.parameter not in self._agreed:
             return None
+        reduced = self._fillings[self._places[fragment.parameter]].reduced
+        if reduced is None:
+            return None if self.offload is None else self.offload.of(fragment)
         return reduced[fragment.cut.offset : fragment.cut.offset + fragment.cut.numel]
 
     def clear(self) -> None:
         """See the base class."""
         # A collective under way still writes into its tensors.
         self._settle(0)
+        if self.offload is not None:
+            self.offload.clear()
         for filling in self._fillings:
             if self._agreed:
                 filling.expected = [parameter in self._agreed for parameter in filling.bucket.parameters]
@@ -370,6 +441,18 @@ class ReducedGradients(Gradients):
                 filling.reduced = result.mul_(mean) if self._scatter else result * mean
             else:
                 filling.reduced.add_(result, alpha=mean)
+
+    def _offload_all(self) -> None:
+        """Take what is reduced to the host, added to what is there of the same step."""
+        for filling in self._fillings if self.offload is not None else ():
+            if self.offload is None or filling.reduced is None:
+                continue
+            for fragment in filling.bucket.fragments:
+                gradient = filling.reduced[fragment.cut.offset : fragment.cut.offset + fragment.cut.numel]
+                earlier = self.offload.recall(fragment)
+                if fragment.parameter in self._agreed:
+                    self.offload.send(fragment, gradient if earlier is None else earlier.add_(gradient))
+            filling.reduced = None
 
     def _agree(self, *, abandoned: bool) -> list[bool]:
         """Learn from all ranks what was used, and which buckets still hold something on any of them.

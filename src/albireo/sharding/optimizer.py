@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -12,9 +13,10 @@ from torch import nn
 from albireo.distributed import World
 from albireo.distributed.collectives import Transfer, sum_in_rank_order
 from albireo.errors import ConfigError
-from albireo.optim import HybridAdam, LossScale, OptimizerWrapper, global_norm, steps_by_flag
+from albireo.optim import HybridAdam, LossScale, OptimizerWrapper, steps_by_flag
 from albireo.sharding.bucket import Bucket, Fragment
 from albireo.sharding.gradients import Gradients
+from albireo.sharding.offload import GradientOffload, HostStep
 
 __all__ = ["ShardedOptimizer"]
 
@@ -35,6 +37,7 @@ class ShardedOptimizer(OptimizerWrapper):
         loss_scale: for fp16.
         max_norm: clip to this norm in `step`, if it has not been done before; 0 does not.
         overlap_gather: fetch the new weights of a bucket while the next is stepped.
+        host_step: steps fragments on the host, if their gradients are offloaded; None steps by the optimizer itself.
 
     Raises:
         ConfigError: the optimizer is not element-wise, or has states already.
@@ -49,6 +52,7 @@ class ShardedOptimizer(OptimizerWrapper):
         loss_scale: LossScale | None = None,
         max_norm: float = 0.0,
         overlap_gather: bool = True,
+        host_step: HostStep | None = None,
     ) -> None:
         self.check(optimizer)
         super().__init__(optimizer)
@@ -57,6 +61,7 @@ class ShardedOptimizer(OptimizerWrapper):
         self._loss_scale = loss_scale
         self._max_norm = max_norm
         self._overlap_gather = overlap_gather
+        self._host_step = host_step
         self._scaled = False
         self._stepping = False
         fragments = {fragment.parameter: fragment for bucket in gradients.buckets for fragment in bucket.fragments}
@@ -71,7 +76,7 @@ class ShardedOptimizer(OptimizerWrapper):
         for parameter in (p for group in self._model_groups for p in group):
             optimizer.state.pop(parameter, None)
         self._in_parts = _steps_in_parts(optimizer)
-        optimizer.register_step_pre_hook(self._refuse_step_of_another)
+        optimizer.register_step_pre_hook(_refusal_of_other_steps(weakref.ref(self)))
 
     @staticmethod
     def check(optimizer: torch.optim.Optimizer) -> None:
@@ -131,10 +136,13 @@ class ShardedOptimizer(OptimizerWrapper):
         unscaled = self._gradients.is_scaled or not self._scaled
         for fragment, gradient in self._gradients.kept():
             wide = gradient
-            if gradient.dtype != torch.float32:
+            if self._gradients.is_to_be_cast(gradient):
                 wide = torch.empty_like(gradient, dtype=torch.float32)
                 self._gradients.cast([gradient], [wide])
-            yield fragment, wide if unscaled or self._loss_scale is None else wide / self._loss_scale.value
+            yield (
+                fragment,
+                wide if unscaled or self._loss_scale is None else wide / self._loss_scale.value.to(wide.device),
+            )
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss's gradients, and average them over ranks unless they are kept local.
@@ -207,7 +215,7 @@ class ShardedOptimizer(OptimizerWrapper):
         if self._loss_scale is not None:
             # Exactly 1 or 0: a fused kernel takes any other number for no overflow.
             overflow = (~torch.isfinite(self._norm())).float()
-        by_flag = overflow is not None and self._steps_by_flag()
+        by_flag = overflow is not None and self._host_step is None and self._steps_by_flag()
         if overflow is None or by_flag or not bool(overflow):
             with self._flag(overflow if by_flag else None):
                 self._step_all()
@@ -247,10 +255,8 @@ class ShardedOptimizer(OptimizerWrapper):
     def _norm(self) -> torch.Tensor:
         """Return the true global norm of the step's gradients as they were before clipping."""
         if self._grad_norm is None:
-            norm = global_norm(
-                (gradient for _, gradient in self._gradients.kept()),
-                lambda squares: sum_in_rank_order(squares, self._world),
-            )
+            squares = sum_in_rank_order(self._gradients.sum_of_squares(), self._world)
+            norm = squares.sqrt().float()
             self._grad_norm = norm / self._loss_scale.value if self._loss_scale is not None and self._scaled else norm
         return self._grad_norm
 
@@ -284,12 +290,11 @@ class ShardedOptimizer(OptimizerWrapper):
         finally:
             del attributes["grad_scale"], attributes["found_inf"]
 
-    def _refuse_step_of_another(self, *_: Any) -> None:
-        if not self._stepping:
-            raise RuntimeError("step the optimizer that boost returned: this one's gradients are not here")
-
     def _step_all(self) -> None:
         """Step the buckets that forward needs first, first."""
+        if self._host_step is not None and self._gradients.offload is not None:
+            self._step_on_host(self._host_step, self._gradients.offload)
+            return
         groups = [group["params"] for group in self.optim.param_groups]
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optim.param_groups
@@ -312,6 +317,18 @@ class ShardedOptimizer(OptimizerWrapper):
             for gather in gathers:
                 gather.wait()
 
+    def _step_on_host(self, host_step: HostStep, offload: GradientOffload) -> None:
+        fragments = [
+            fragment
+            for bucket in reversed(self._gradients.buckets)
+            for fragment in bucket.fragments
+            if self._gradients.has(fragment)
+        ]
+        factor = self._gradients.factor
+        host_step.run(fragments, offload, 1.0 if factor is None else float(factor))
+        for gather in [bucket.publish(is_cast=True) for bucket in reversed(self._gradients.buckets)]:
+            gather.wait()
+
     def _batches(self) -> Iterator[list[Bucket]]:
         """Yield buckets, as many at a time as may be stepped at once, in the order of forward."""
         batch: list[Bucket] = []
@@ -332,9 +349,9 @@ class ShardedOptimizer(OptimizerWrapper):
             for fragment in bucket.fragments
             if fragment.master in group_of and (gradient := self._gradients.of(fragment)) is not None
         ]
-        narrow = [(fragment, gradient) for fragment, gradient in found if gradient.dtype != torch.float32]
+        narrow = [(fragment, gradient) for fragment, gradient in found if self._gradients.is_to_be_cast(gradient)]
         for fragment, gradient in found:
-            if gradient.dtype == torch.float32:
+            if not self._gradients.is_to_be_cast(gradient):
                 fragment.master.grad = gradient
         if narrow:
             scratch = torch.empty(
@@ -381,3 +398,14 @@ def _steps_in_parts(optimizer: torch.optim.Optimizer) -> bool:
     """Return True if several calls on parts of the parameters are one step: known of torch's own, without hooks."""
     hooks = (vars(optimizer).get(f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
     return (isinstance(optimizer, HybridAdam) or type(optimizer) in _IN_PARTS) and not any(hooks)
+
+
+def _refusal_of_other_steps(wrapper: weakref.ref[ShardedOptimizer]) -> Callable[..., None]:
+    """Return a hook that refuses steps that the wrapper does not make: the gradients are not where they would look."""
+
+    def refuse(*_: Any) -> None:
+        owner = wrapper()
+        if owner is not None and not owner._stepping:  # noqa: SLF001  of this file
+            raise RuntimeError("step the optimizer that boost returned: this one's gradients are not here")
+
+    return refuse
