@@ -155,3 +155,31 @@ def test_parts_are_refused(tmp_path: Path) -> None:
         write_saved_tensors(tmp_path / "x", [part], FileOperations())
     with pytest.raises(CheckpointError, match="a is to be written whole"):
         write_sharded_tensors(tmp_path / "x", "model", [part], 10, FileOperations())
+
+
+def test_files_without_a_tensor_keep_their_texts(tmp_path: Path) -> None:
+    write_sharded_tensors(tmp_path, "optimizer", [], 100, FileOperations(), metadata={"note": "x"})
+    with open_saved_tensors(tmp_path, "optimizer") as saved:
+        assert saved.names() == []
+        assert saved.metadata["note"] == "x"
+
+
+def test_elements_may_come_from_elsewhere(tmp_path: Path) -> None:
+    """Of a tensor on the meta device, a buffer at a time is asked for."""
+    numbers = torch.arange(1000.0)
+    asked = []
+
+    def read(slice_: TensorSlice, start: int, out: torch.Tensor) -> None:
+        asked.append((slice_.name, start, out.numel()))
+        out.copy_(numbers[start : start + out.numel()])
+
+    files = FileOperations()
+    files.chunk_bytes = 1600
+    parts = [whole("far", torch.empty(10, 100, device="meta")), whole("near", torch.ones(3))]
+    write_saved_tensors(tmp_path / "file", parts, files, read=read)
+    assert asked == [("far", 0, 400), ("far", 400, 400), ("far", 800, 200)]
+    loaded = load_file(tmp_path / "file")
+    assert torch.equal(loaded["far"], numbers.view(10, 100))
+    assert torch.equal(loaded["near"], torch.ones(3))
+    with pytest.raises(CheckpointError, match="far is on the meta device"):
+        write_saved_tensors(tmp_path / "other", parts, files)

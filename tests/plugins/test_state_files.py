@@ -12,8 +12,9 @@ import pytest
 import torch
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
+from tiny_models import small_opt
 from torch import nn
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 from albireo.booster import Booster
 from albireo.distributed import World
@@ -204,24 +205,9 @@ def test_weights_of_another_precision_are_cast(tmp_path: Path) -> None:
     assert torch.equal(model.unwrap().table.weight, Tied(5).table.weight.bfloat16().float())
 
 
-def tiny_opt(seed: int) -> OPTForCausalLM:
-    config = OPTConfig(
-        vocab_size=31,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        ffn_dim=32,
-        max_position_embeddings=8,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return OPTForCausalLM(config)
-
-
 def test_a_folder_of_a_transformers_model_is_one_of_hugging_face(tmp_path: Path) -> None:
     booster = Booster(world=ALONE)
-    model, *_ = booster.boost(tiny_opt(1))
+    model, *_ = booster.boost(small_opt(seed=1))
     booster.save_model(model, tmp_path, shard=True)
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(read) is OPTForCausalLM
@@ -230,10 +216,10 @@ def test_a_folder_of_a_transformers_model_is_one_of_hugging_face(tmp_path: Path)
     # And the other way round: what transformers saved, in one file or in several.
     for size in ("1GB", "2KB"):
         folder = tmp_path / size
-        tiny_opt(2).save_pretrained(folder, max_shard_size=size)
-        other, *_ = booster.boost(tiny_opt(3))
+        small_opt(seed=2).save_pretrained(folder, max_shard_size=size)
+        other, *_ = booster.boost(small_opt(seed=3))
         assert booster.load_model(other, folder) == ([], [])
-        assert_same(dict(other.unwrap().state_dict()), dict(tiny_opt(2).state_dict()))
+        assert_same(dict(other.unwrap().state_dict()), dict(small_opt(seed=2).state_dict()))
 
 
 def test_a_parameter_that_the_model_has_not_goes_by_its_place(tmp_path: Path) -> None:

@@ -21,14 +21,15 @@ from albireo.distributed.launch import rank_environment
 
 
 class RankPool:
-    """Several ranks that wait for cases."""
+    """Several ranks that wait for cases. They compute on the CPU: what needs a GPU starts ranks of its own."""
 
     def __init__(self, world_size: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="albireo-test-ranks-")
         self._ranks = [
             subprocess.Popen(
                 [sys.executable, __file__, str(Path(self._folder.name) / "store")],
-                env=rank_environment(rank, world_size, os.environ),
+                # A context on each GPU that is never used would take seconds and memory from the tests that do.
+                env={**rank_environment(rank, world_size, os.environ), "CUDA_VISIBLE_DEVICES": ""},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -89,10 +90,10 @@ def _serve(world: World, answers: Any) -> None:
             if task["file"] not in modules:
                 modules[task["file"]] = _load(task["file"])
             result = getattr(modules[task["file"]], task["function"])(world, **task["arguments"])
-            answer = {"result": result}
-        except Exception:  # noqa: BLE001  it goes back to the test that asked
-            answer = {"error": traceback.format_exc()}
-        answers.write(json.dumps(answer) + "\n")
+            answer = json.dumps({"result": result})
+        except BaseException:  # noqa: BLE001  it goes back to the test that asked, be it an exit
+            answer = json.dumps({"error": traceback.format_exc()})
+        answers.write(answer + "\n")
         answers.flush()
 
 

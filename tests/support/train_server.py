@@ -1,12 +1,13 @@
 """Runs of `albireo`, each in a process of its own that starts in no time: it is forked off one that has imported all.
 
-The server itself never computes anything, so that no thread pool is there to be lost in the fork.
+The server itself never computes anything, so that no thread pool is there to be lost in the fork. Its runs see no GPU.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class TrainServer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._count = 0
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -86,6 +87,8 @@ class TrainServer:
 
 def _run(task: dict[str, Any]) -> None:
     """In the forked process: run `albireo` and exit with its code."""
+    # Tests that run in the background of a shell have inherited that Ctrl-C is ignored; a run in front has not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(task["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(os.open(task["errors"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.stdout = os.fdopen(1, "w")

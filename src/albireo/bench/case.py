@@ -5,14 +5,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from albireo.errors import ConfigError
 from albireo.training.metrics import finite_or_none
 
-__all__ = ["SYSTEMS", "Case", "CaseResult"]
+__all__ = ["OURS", "SYSTEMS", "Case", "CaseResult"]
 
-SYSTEMS = ("albireo", "albireo_compiled", "plain", "fsdp2", "fsdp2_compiled")
+# Ours by name, and what each adds to the options of `albireo train`.
+OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "albireo": {"plugin": "torch_ddp"},
+        "low_level_zero": {"plugin": "low_level_zero"},
+        "low_level_zero_offload": {"plugin": "low_level_zero", "cpu_offload": True},
+        "torch_fsdp": {"plugin": "torch_fsdp"},
+        "torch_fsdp_offload": {"plugin": "torch_fsdp", "cpu_offload": True},
+    }
+)
+_REFERENCES = ("plain", "fsdp2")
+_COMPILED = "_compiled"
+SYSTEMS = tuple(
+    name + compiled
+    for name in (*OURS, *_REFERENCES)
+    for compiled in ("", _COMPILED)
+    if name + compiled != "plain" + _COMPILED
+)
 
 
 @dataclass(frozen=True)
@@ -20,12 +38,11 @@ class Case:
     """What is measured.
 
     Attributes:
-        system: "albireo"; or a reference: "plain" (a hand-written PyTorch loop with autocast) or "fsdp2"; with
-            "_compiled" behind it where blocks are compiled.
+        system: "albireo" (its plain plugin) or another of its plugins by name; or a reference: "plain" (a hand-written
+            PyTorch loop with autocast) or "fsdp2"; with "_compiled" behind it where blocks are compiled.
         model: an OPT size.
         batch_size: samples per rank and step.
         precision: "fp32", "fp16" or "bf16".
-        plugin: Albireo's plugin; the references have none.
         sequence_length: tokens in a sample.
         steps: steps that are timed.
         warmup: steps before them that are not.
@@ -38,7 +55,6 @@ class Case:
     model: str
     batch_size: int
     precision: str
-    plugin: str = "torch_ddp"
     sequence_length: int = 1024
     steps: int = 10
     warmup: int = 3
@@ -57,7 +73,17 @@ class Case:
     @property
     def compiled(self) -> bool:
         """The blocks are compiled."""
-        return self.system.endswith("_compiled")
+        return self.system.endswith(_COMPILED)
+
+    @property
+    def ours(self) -> Mapping[str, Any] | None:
+        """The options that make it one of ours; None for a reference."""
+        return OURS.get(self.system.removesuffix(_COMPILED))
+
+    @property
+    def plugin(self) -> str:
+        """Albireo's plugin; the references have none."""
+        return "" if self.ours is None else str(self.ours["plugin"])
 
     def mapping(self) -> dict[str, Any]:
         """Return the case as JSON values."""
@@ -111,4 +137,4 @@ class CaseResult:
         case = values.pop("case")
         # Strict JSON has no word for a loss that is not finite.
         finite = {name: finite_or_none(value) if isinstance(value, float) else value for name, value in values.items()}
-        return {**case, "gpus": 1, **finite}
+        return {**case, "plugin": self.case.plugin, "gpus": 1, **finite}

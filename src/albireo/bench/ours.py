@@ -26,7 +26,7 @@ def measure_albireo(case: Case) -> CaseResult:
             "model": case.model,
             "init": "random",
             "data": "random",
-            "plugin": case.plugin,
+            **(case.ours or {}),
             "precision": case.precision,
             "tf32": case.tf32,
             "compile": case.compiled,

@@ -36,7 +36,7 @@ def run_case(case: Case) -> CaseResult:
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
     torch.backends.cudnn.allow_tf32 = case.tf32
     try:
-        if case.system.startswith("albireo"):
+        if case.ours is not None:
             return measure_albireo(case)
         return _measure_reference(case)
     except AlbireoError as error:

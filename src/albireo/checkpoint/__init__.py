@@ -16,22 +16,27 @@ from albireo.checkpoint.module_names import tensor_names
 from albireo.checkpoint.ranks import OneRank, Ranks
 from albireo.checkpoint.reader import Checkpoint, open_checkpoint
 from albireo.checkpoint.saved_tensors import SavedTensors, TensorSource, open_saved_tensors, refuse_pickle
-from albireo.checkpoint.slices import TensorInfo, TensorSlice, whole
+from albireo.checkpoint.slices import DTYPE_CODES, Piece, TensorInfo, TensorSlice, check_coverage, whole
+from albireo.checkpoint.tensor_file import ReadElements
 from albireo.checkpoint.tensor_files import write_file, write_saved_tensors, write_sharded_tensors
 from albireo.checkpoint.values import decode_value, encode_value
 from albireo.checkpoint.writer import Snapshot, save_checkpoint
 
 __all__ = [
+    "DTYPE_CODES",
     "JSON",
     "Checkpoint",
     "NewerFormatError",
     "OneRank",
+    "Piece",
     "Ranks",
+    "ReadElements",
     "SavedTensors",
     "Snapshot",
     "TensorInfo",
     "TensorSlice",
     "TensorSource",
+    "check_coverage",
     "decode_document",
     "decode_value",
     "encode_document",

@@ -247,7 +247,11 @@ def _indexed(index: Path) -> list[Path]:
     files = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise CheckpointError(f"{index} has no weight_map of names and files")
-    names = sorted(set(files.values()))
+    extra = content.get("metadata")
+    empty = extra.get("files", []) if isinstance(extra, dict) and not files else []
+    if not isinstance(empty, list) or not all(isinstance(name, str) for name in empty):
+        raise CheckpointError(f"{index} has no names of files")
+    names = sorted({*files.values(), *empty})
     for name in names:
         if Path(name).name != name or not (index.parent / name).is_file():
             raise CheckpointError(f"{index} names {name!r}, which is no file beside it: the folder is not whole")

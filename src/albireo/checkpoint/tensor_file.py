@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,10 @@ from albireo.checkpoint.slices import DTYPE_CODES, Piece, TensorInfo, TensorSlic
 from albireo.errors import CheckpointError
 from albireo.files import FileOperations
 
-__all__ = ["encode_header", "view_bytes", "write_tensor_file"]
+__all__ = ["ReadElements", "encode_header", "view_bytes", "write_tensor_file"]
+
+ReadElements = Callable[[TensorSlice, int, torch.Tensor], None]
+"""Fills a 1-D host tensor with a slice's elements from an index on."""
 
 _ALIGNMENT_BYTES = 8
 
@@ -61,7 +64,12 @@ def encode_header(
 
 
 def write_tensor_file(
-    path: Path, slices: Sequence[TensorSlice], files: FileOperations, *, metadata: Mapping[str, str] | None = None
+    path: Path,
+    slices: Sequence[TensorSlice],
+    files: FileOperations,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    read: ReadElements | None = None,
 ) -> FileRecord:
     """Write slices to a safetensors file and sync it.
 
@@ -73,6 +81,7 @@ def write_tensor_file(
             dtypes first.
         files: what touches the disk.
         metadata: texts for the header beside the format.
+        read: where the elements of slices on the meta device come from.
 
     Returns:
         What was written: its name, size, checksum and pieces.
@@ -91,7 +100,7 @@ def write_tensor_file(
     with files.new_file(path) as file, ThreadPoolExecutor(1, "checkpoint-sha256") as hasher:
         file.write(header)
         for slice_ in ordered:
-            for chunk in _host_chunks(slice_.data, files.chunk_bytes):
+            for chunk in _host_chunks(slice_, files.chunk_bytes, read):
                 hashed = hasher.submit(digest.update, chunk)
                 file.write(chunk)
                 hashed.result()  # the next chunk may use the same buffer
@@ -104,7 +113,10 @@ def view_bytes(flat: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _host_chunks(flat: torch.Tensor, chunk_bytes: int) -> Iterator[memoryview]:
+def _host_chunks(slice_: TensorSlice, chunk_bytes: int, read: ReadElements | None) -> Iterator[memoryview]:
+    flat = slice_.data
+    if flat.is_meta and read is None:
+        raise CheckpointError(f"{slice_.name} is on the meta device, which holds no elements")
     step = max(1, chunk_bytes // flat.element_size())
     in_place = flat.device.type == "cpu" and flat.is_contiguous()
     buffer = flat if in_place else torch.empty(min(step, flat.numel()), dtype=flat.dtype)
@@ -112,5 +124,9 @@ def _host_chunks(flat: torch.Tensor, chunk_bytes: int) -> Iterator[memoryview]:
         part = flat[first : first + step]
         if not in_place:
             staged = buffer[: part.numel()]
-            part = staged.copy_(part)
+            if part.is_meta and read is not None:
+                read(slice_, first, staged)
+            else:
+                staged.copy_(part)
+            part = staged
         yield view_bytes(part)

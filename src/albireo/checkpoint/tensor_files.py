@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from albireo.checkpoint.slices import TensorSlice
-from albireo.checkpoint.tensor_file import write_tensor_file
+from albireo.checkpoint.tensor_file import ReadElements, write_tensor_file
 from albireo.errors import CheckpointError
 from albireo.files import FileOperations
 
@@ -40,7 +40,12 @@ def write_file(path: Path, data: bytes, files: FileOperations) -> None:
 
 
 def write_saved_tensors(
-    path: Path, slices: Sequence[TensorSlice], files: FileOperations, *, metadata: Mapping[str, str] | None = None
+    path: Path,
+    slices: Sequence[TensorSlice],
+    files: FileOperations,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    read: ReadElements | None = None,
 ) -> None:
     """Write whole tensors to one safetensors file, all at once.
 
@@ -49,13 +54,14 @@ def write_saved_tensors(
         slices: whole tensors.
         files: what touches the disk.
         metadata: texts for the file's header.
+        read: where the elements of slices on the meta device come from.
 
     Raises:
         CheckpointError: see `write_file`, or a slice is no whole tensor.
     """
     _check_whole(slices)
     with _replacing(path, files) as temporary:
-        write_tensor_file(temporary, slices, files, metadata=metadata)
+        write_tensor_file(temporary, slices, files, metadata=metadata, read=read)
 
 
 def write_sharded_tensors(
@@ -67,6 +73,7 @@ def write_sharded_tensors(
     *,
     metadata: Mapping[str, str] | None = None,
     companions: Mapping[str, bytes] | None = None,
+    read: ReadElements | None = None,
 ) -> None:
     """Write whole tensors to several safetensors files with an index, all at once.
 
@@ -78,6 +85,7 @@ def write_sharded_tensors(
         files: what touches the disk.
         metadata: texts for the header of every file.
         companions: small files that go along, such as `config.json`: name to content.
+        read: where the elements of slices on the meta device come from.
 
     Raises:
         CheckpointError: `folder` is a file, the disk is full or cannot be written (what was there stays), or a slice
@@ -92,7 +100,7 @@ def write_sharded_tensors(
         paths = _fresh_names(folder, stem, len(shards))
         try:
             for path, shard in zip(paths, shards, strict=True):
-                write_tensor_file(path, shard, files, metadata=metadata)
+                write_tensor_file(path, shard, files, metadata=metadata, read=read)
             files.sync_directory(folder)
         except BaseException:
             _remove_quietly(paths, files)  # they may be what filled the disk
@@ -100,8 +108,10 @@ def write_sharded_tensors(
         for name, data in (companions or {}).items():
             write_file(folder / name, data, files)
         sizes = [slice_.data.numel() * slice_.data.element_size() for slice_ in slices]
+        # Without any tensor, such as an optimizer's states before its first step, there is a header to be found.
+        empty = {} if slices else {"files": [path.name for path in paths]}
         index = {
-            "metadata": {"total_size": sum(sizes)},
+            "metadata": {"total_size": sum(sizes), **empty},
             "weight_map": {s.name: path.name for path, shard in zip(paths, shards, strict=True) for s in shard},
         }
         write_file(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2).encode(), files)

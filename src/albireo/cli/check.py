@@ -168,7 +168,7 @@ class _Check:
         import torch
 
         from albireo.device.probe_copies import measure_device_copies, measure_host_copy
-        from albireo.device.probe_rates import measure_host_adam
+        from albireo.optim import measure_host_adam
 
         print_section("Rates")
         seconds, available = self._seconds, _available_bytes(memory)
@@ -183,7 +183,8 @@ class _Check:
         )
         if adam is not None:
             print_row(
-                "host Adam, fp32", f"{adam.parameters_per_second / 1e9:.2f} G parameters/s, {adam.threads} threads"
+                "host Adam, bf16",
+                f"{adam.parameters_per_second / 1e9:.2f} G parameters/s, {adam.threads} threads, {adam.kernel} kernel",
             )
         copies = None
         if gpus:

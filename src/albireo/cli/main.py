@@ -13,6 +13,7 @@ from albireo.cli.check import check
 from albireo.cli.options import NamedGroup
 from albireo.cli.run import run
 from albireo.cli.train import train
+from albireo.cli.verify import verify
 from albireo.errors import AlbireoError
 
 __all__ = ["cli", "main"]
@@ -39,6 +40,7 @@ def cli() -> None:
 
 
 cli.add_command(train)
+cli.add_command(verify)
 cli.add_command(bench)
 cli.add_command(run)
 cli.add_command(check)

@@ -45,6 +45,11 @@ class World:
         """True on the rank that prints and writes."""
         return self.rank == 0
 
+    @property
+    def local_world_size(self) -> int:
+        """How many ranks share this machine, as the launcher says; all of them where it does not."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
     def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self.world_size > 1:

@@ -3,6 +3,7 @@
 from albireo.optim.adam import HybridAdam, adamw
 from albireo.optim.group_state import complete_names, named_groups, restore_named_groups
 from albireo.optim.groups import decay_groups
+from albireo.optim.host_rate import HostAdamRate, measure_host_adam
 from albireo.optim.host_stepper import HostStepper, stepper_threads
 from albireo.optim.host_ticket import Ticket
 from albireo.optim.loss_scale import LossScale, LossScalePolicy
@@ -12,6 +13,7 @@ from albireo.optim.state import named_state, restore_named_state
 from albireo.optim.wrapper import OptimizerWrapper, ScaledOptimizer, steps_by_flag
 
 __all__ = [
+    "HostAdamRate",
     "HostStepper",
     "HybridAdam",
     "LossScale",
@@ -25,6 +27,7 @@ __all__ = [
     "decay_groups",
     "global_norm",
     "learning_rate_factor",
+    "measure_host_adam",
     "named_groups",
     "named_state",
     "restore_named_groups",

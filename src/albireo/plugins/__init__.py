@@ -4,5 +4,15 @@ from albireo.plugins.base import Criterion, ModelWrapper, Plugin
 from albireo.plugins.catalog import PLUGINS, make_plugin
 from albireo.plugins.low_level_zero import LowLevelZeroPlugin
 from albireo.plugins.torch_ddp import TorchDDPPlugin
+from albireo.plugins.torch_fsdp import TorchFSDPPlugin
 
-__all__ = ["PLUGINS", "Criterion", "LowLevelZeroPlugin", "ModelWrapper", "Plugin", "TorchDDPPlugin", "make_plugin"]
+__all__ = [
+    "PLUGINS",
+    "Criterion",
+    "LowLevelZeroPlugin",
+    "ModelWrapper",
+    "Plugin",
+    "TorchDDPPlugin",
+    "TorchFSDPPlugin",
+    "make_plugin",
+]

@@ -76,12 +76,17 @@ class Plugin(ABC):
         precision: "fp32", "fp16" or "bf16".
         compute_form: what computes in fp16 and bf16: "autocast" over fp32 weights, or a 16-bit "copy" of them, with
             inputs of floating point cast too.
+        harmless_warnings: the beginnings of torch's warnings that mean nothing where `albireo train` is the caller, as
+            regular expressions.
+        needs_process_group: a single rank has to have one too.
         takes_uneven_micro_batches: ranks may come to a step with different numbers of micro-batches.
     """
 
     name: str
     precision: str
     compute_form: ClassVar[Literal["autocast", "copy"]] = "copy"
+    harmless_warnings: ClassVar[tuple[str, ...]] = ()
+    needs_process_group: ClassVar[bool] = False
     takes_uneven_micro_batches: ClassVar[bool] = False
 
     @abstractmethod

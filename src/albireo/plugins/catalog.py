@@ -10,12 +10,17 @@ from albireo.errors import ConfigError
 from albireo.plugins.base import Plugin
 from albireo.plugins.low_level_zero import LowLevelZeroPlugin
 from albireo.plugins.torch_ddp import TorchDDPPlugin
+from albireo.plugins.torch_fsdp import TorchFSDPPlugin
 
 __all__ = ["PLUGINS", "make_plugin"]
 
 
 def _torch_ddp(config: PluginConfig) -> Plugin:
     return TorchDDPPlugin(precision=config.precision or "fp32")
+
+
+def _torch_fsdp(config: PluginConfig) -> Plugin:
+    return TorchFSDPPlugin(precision=config.precision or "fp32", cpu_offload=config.cpu_offload)
 
 
 def _low_level_zero(config: PluginConfig) -> Plugin:
@@ -28,6 +33,7 @@ PLUGINS: Mapping[str, Callable[[PluginConfig], Plugin]] = MappingProxyType(
     {
         "torch_ddp": _torch_ddp,
         "torch_ddp_fp16": _torch_ddp,  # `resolve` has set the precision
+        "torch_fsdp": _torch_fsdp,
         "low_level_zero": _low_level_zero,
     }
 )

@@ -24,8 +24,8 @@ from albireo.sharding import (
     Fragment,
     GradientOffload,
     Gradients,
-    HostStep,
     LocalGradients,
+    OffloadedStep,
     ReducedGradients,
     ShardedOptimizer,
     fragment_slice,
@@ -265,15 +265,15 @@ class LowLevelZeroPlugin(Plugin):
             buckets, world, scatter=self.stage == 2, overlap=self._overlap_communication, offload=offload
         )
 
-    def _host_step(self, optimizer: torch.optim.Optimizer, buckets: list[Bucket], world: World) -> HostStep | None:
+    def _host_step(self, optimizer: torch.optim.Optimizer, buckets: list[Bucket], world: World) -> OffloadedStep | None:
         """Return what steps on the host; None where the optimizer's own step does."""
         if not self._cpu_offload:
             return None
         try:
-            stepper = HostStepper(optimizer, threads=stepper_threads(usable_cores(), ranks=world.world_size))
+            stepper = HostStepper(optimizer, threads=stepper_threads(usable_cores(), ranks=world.local_world_size))
         except ConfigError:  # it steps Adam and AdamW alone
             return None
-        return HostStep(stepper, buckets, world.device)
+        return OffloadedStep(stepper, buckets, world.device)
 
 
 def _sharded(model: ModelWrapper) -> _ShardedModel:

@@ -1,6 +1,7 @@
 """Models, optimizers and schedules of a user's own loop, in files: safetensors and JSON, whichever plugin trains.
 
-The main rank alone writes, all at once or not at all, and no rank goes on before; if it fails, all ranks raise.
+The main rank alone writes, all at once or not at all, and no rank goes on before; if it fails, all ranks raise. What
+other ranks hold it asks them for while it writes, a piece at a time.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ from albireo.checkpoint import (
     write_sharded_tensors,
 )
 from albireo.distributed import World
-from albireo.errors import CheckpointError
+from albireo.errors import AlbireoError, CheckpointError
 from albireo.files import FileOperations
 from albireo.optim import OptimizerWrapper, complete_names, named_groups, restore_named_groups
 from albireo.plugins.base import ModelWrapper, Plugin
+from albireo.plugins.whole_tensors import WholeTensors, with_whole_tensors
 
 __all__ = [
     "LoadedNames",
@@ -101,7 +103,7 @@ def save_model(plugin: Plugin, model: ModelWrapper, place: Place, world: World, 
         slices.extend(replace(part, name=prefix + part.name.removeprefix("model/")) for part in parts)
 
     on_all(world, collect)
-    on_main(world, lambda: _write(place, "model", slices, {}, _descriptions(module)))
+    _write(place, "model", slices, world, companions=_descriptions(module))
 
 
 def load_model(plugin: Plugin, model: ModelWrapper, path: Path, world: World, *, strict: bool) -> LoadedNames:
@@ -151,7 +153,8 @@ def save_optimizer(plugin: Plugin, optimizer: OptimizerWrapper, place: Place, wo
     """
     refuse_pickle(place.path)
     inner = optimizer.unwrap()
-    names = complete_names(inner, optimizer.names)
+    groups = optimizer.model_groups
+    names = complete_names(groups, optimizer.names)
     slices: list[TensorSlice] = []
     metadata: dict[str, str] = {}
 
@@ -160,13 +163,13 @@ def save_optimizer(plugin: Plugin, optimizer: OptimizerWrapper, place: Place, wo
         slices.extend(replace(part, name=part.name.removeprefix("optimizer/")) for part in parts)
         content: dict[str, JSON] = {
             "optimizer": type(inner).__name__,
-            "groups": encode_value(named_groups(inner, names), "the optimizer's groups"),
+            "groups": encode_value(named_groups(inner, groups, names), "the optimizer's groups"),
             "scaler": optimizer.scaler_state(),
         }
         metadata[_METADATA] = encode_document(content).decode()
 
     on_all(world, collect)
-    on_main(world, lambda: _write(place, "optimizer", slices, metadata, {}))
+    _write(place, "optimizer", slices, world, metadata=metadata)
 
 
 def load_optimizer(plugin: Plugin, optimizer: OptimizerWrapper, path: Path, world: World) -> None:
@@ -182,14 +185,15 @@ def load_optimizer(plugin: Plugin, optimizer: OptimizerWrapper, path: Path, worl
         CheckpointError: the file is missing, damaged or pickled, or of another optimizer.
     """
     inner = optimizer.unwrap()
-    names = complete_names(inner, optimizer.names)
+    groups = optimizer.model_groups
+    names = complete_names(groups, optimizer.names)
 
     def read() -> None:
         with open_saved_tensors(path, "optimizer") as saved:
             if _METADATA not in saved.metadata:
                 raise CheckpointError(f"{path} holds no optimizer: it was not written by save_optimizer")
             fields = decode_document(saved.metadata[_METADATA].encode(), str(path))
-            restore_named_groups(inner, names, decode_value(fields.array("groups")))
+            restore_named_groups(inner, groups, names, decode_value(fields.array("groups")))
             source = saved.renamed({f"optimizer/{name}": name for name in saved.names()})
             plugin.import_optimizer(optimizer, names, source)
             optimizer.load_scaler_state(fields.mapping("scaler"))
@@ -279,14 +283,25 @@ def _write(
     place: Place,
     stem: str,
     slices: list[TensorSlice],
-    metadata: Mapping[str, str],
-    companions: Mapping[str, bytes],
+    world: World,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    companions: Mapping[str, bytes] | None = None,
 ) -> None:
-    if place.shard_mb is None:
-        write_saved_tensors(place.path, slices, place.files, metadata=metadata)
-    else:
-        size = place.shard_mb * _MB
-        write_sharded_tensors(place.path, stem, slices, size, place.files, metadata=metadata, companions=companions)
+    def write(tensors: WholeTensors) -> None:
+        how: dict[str, Any] = {"metadata": metadata, "read": tensors.read}
+        if place.shard_mb is None:
+            write_saved_tensors(place.path, tensors.slices, place.files, **how)
+        else:
+            size = place.shard_mb * _MB
+            write_sharded_tensors(place.path, stem, tensors.slices, size, place.files, companions=companions, **how)
+
+    try:
+        with_whole_tensors(slices, world, write)
+    except AlbireoError as error:
+        if world.is_main:
+            raise
+        raise CheckpointError(f"the main rank could not save: {error}") from error
 
 
 def _descriptions(module: nn.Module) -> dict[str, bytes]:
@@ -295,7 +310,9 @@ def _descriptions(module: nn.Module) -> dict[str, bytes]:
     if transformers is None or not isinstance(module, transformers.PreTrainedModel):
         return {}
     config = copy.deepcopy(module.config)
-    config.architectures = [type(module).__name__]
+    # torch's FSDP makes the module's class one of its own, before the user's.
+    kinds = (kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed"))
+    config.architectures = [next(kinds).__name__]
     config.dtype = module.dtype
     described = {"config.json": config.to_json_string()}
     generation = getattr(module, "generation_config", None)

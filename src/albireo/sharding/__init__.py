@@ -3,7 +3,7 @@
 from albireo.sharding.bucket import Bucket, Fragment, make_buckets
 from albireo.sharding.flat import ALIGNMENT, Cut, FlatLayout, Segment, plan_buckets
 from albireo.sharding.gradients import Gradients, LocalGradients, ReducedGradients
-from albireo.sharding.offload import GradientOffload, HostStep
+from albireo.sharding.offload import GradientOffload, OffloadedStep
 from albireo.sharding.optimizer import ShardedOptimizer
 from albireo.sharding.state import fragment_slice, optimizer_slices, restore_optimizer
 
@@ -15,8 +15,8 @@ __all__ = [
     "Fragment",
     "GradientOffload",
     "Gradients",
-    "HostStep",
     "LocalGradients",
+    "OffloadedStep",
     "ReducedGradients",
     "Segment",
     "ShardedOptimizer",

@@ -11,7 +11,7 @@ from albireo.device.pinned import host_buffer
 from albireo.optim import HostStepper, sum_of_squares
 from albireo.sharding.bucket import Bucket, Fragment
 
-__all__ = ["GradientOffload", "HostStep"]
+__all__ = ["GradientOffload", "OffloadedStep"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ class GradientOffload:
         self._sent.clear()
 
 
-class HostStep:
+class OffloadedStep:
     """Steps fragments by the host stepper, and brings new weights to the device as they are made.
 
     Args:

@@ -16,7 +16,7 @@ from albireo.errors import ConfigError
 from albireo.optim import HybridAdam, LossScale, OptimizerWrapper, steps_by_flag
 from albireo.sharding.bucket import Bucket, Fragment
 from albireo.sharding.gradients import Gradients
-from albireo.sharding.offload import GradientOffload, HostStep
+from albireo.sharding.offload import GradientOffload, OffloadedStep
 
 __all__ = ["ShardedOptimizer"]
 
@@ -52,7 +52,7 @@ class ShardedOptimizer(OptimizerWrapper):
         loss_scale: LossScale | None = None,
         max_norm: float = 0.0,
         overlap_gather: bool = True,
-        host_step: HostStep | None = None,
+        host_step: OffloadedStep | None = None,
     ) -> None:
         self.check(optimizer)
         super().__init__(optimizer)
@@ -317,7 +317,7 @@ class ShardedOptimizer(OptimizerWrapper):
             for gather in gathers:
                 gather.wait()
 
-    def _step_on_host(self, host_step: HostStep, offload: GradientOffload) -> None:
+    def _step_on_host(self, host_step: OffloadedStep, offload: GradientOffload) -> None:
         fragments = [
             fragment
             for bucket in reversed(self._gradients.buckets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -15,13 +16,13 @@ from albireo.checkpoint import Checkpoint, newest_whole, open_checkpoint, tidy
 from albireo.config import RunConfig, config_to_mapping
 from albireo.data import BatchLayout, steps_for
 from albireo.device import apply_device_cap, describe_device, device_total_bytes, read_host_memory, seed_everything
-from albireo.distributed import World
+from albireo.distributed import World, process_group
 from albireo.errors import CheckpointError, ConfigError
 from albireo.files import FileOperations
 from albireo.models import Family, compile_blocks, enable_activation_checkpointing
 from albireo.ops import default_piece_rows
 from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
-from albireo.plugins import make_plugin
+from albireo.plugins import Plugin, make_plugin
 from albireo.training.causal_lm import CausalLanguageModel
 from albireo.training.language_model import LanguageModelPlan, plan_language_model
 from albireo.training.memory_needs import check_states_fit, explain_out_of_memory_at_start, is_out_of_memory
@@ -78,8 +79,14 @@ def open_session(
         config, steps = _with_lengths(config, len(data.train), layout.samples_per_step)
         for line in data.lines:
             progress.message(line)
+        plugin = make_plugin(config.plugin)
+        if plugin.needs_process_group:
+            stack.enter_context(process_group(world))
+        stack.enter_context(warnings.catch_warnings())
+        for beginning in plugin.harmless_warnings:
+            warnings.filterwarnings("ignore", message=beginning)
         try:
-            state = _build_state(config, world, planned, data, steps, progress)
+            state = _build_state(config, world, plugin, planned, data, steps, progress)
             position = _resume(folder, state, world, progress, files)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -96,7 +103,13 @@ def open_session(
             folder.write_config(config_to_mapping(config))
         writer = stack.enter_context(MetricsWriter(folder.metrics_path)) if world.is_main else None
         recorder = Recorder(
-            world, progress, writer, samples_per_step=layout.samples_per_step, dataset_size=len(data.train)
+            world,
+            progress,
+            writer,
+            samples_per_step=layout.samples_per_step,
+            dataset_size=len(data.train),
+            compiled=config.plugin.compile,
+            loss_scaled=config.plugin.precision == "fp16",
         )
         progress.message(_describe(config, world, steps))
         with StopRequest() as stop:
@@ -167,14 +180,19 @@ def _with_lengths(config: RunConfig, dataset_size: int, samples_per_step: int) -
 
 
 def _build_state(
-    config: RunConfig, world: World, planned: LanguageModelPlan, data: RunData, steps: int, progress: Progress
+    config: RunConfig,
+    world: World,
+    plugin: Plugin,
+    planned: LanguageModelPlan,
+    data: RunData,
+    steps: int,
+    progress: Progress,
 ) -> RunState:
     """Build the model, and boost it."""
     with progress.task(f"building the model ({planned.parameters:,} parameters)"):
         pretrained, lines = planned.build(data.tokenizer, config, world.device)
     for line in lines:
         progress.message(line)
-    names, aliases = tensor_names(pretrained)
     _prepare_blocks(pretrained, planned.family, config, progress)
     model = CausalLanguageModel(pretrained, planned.family)
     model.train()
@@ -187,8 +205,10 @@ def _build_state(
         warmup_steps=warmup_steps_of(schedule.warmup, steps),
         schedule=schedule.schedule,
     )
-    booster = Booster(plugin=make_plugin(config.plugin), world=world)
+    booster = Booster(plugin=plugin, world=world)
     boosted, wrapped, *_ = booster.boost(model, optimizer)
+    # Only now: a plugin may have put other parameters in place of the model's.
+    names, aliases = tensor_names(pretrained)
     identity = {"data": data.fingerprint, "recipe": config.recipe}
     return RunState(booster, boosted, wrapped, scheduler, names, aliases, identity)
 

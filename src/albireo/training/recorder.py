@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 
@@ -28,6 +29,12 @@ class Recorder:
         writer: the metrics file, on the main rank; None elsewhere.
         samples_per_step: of the global batch.
         dataset_size: samples in an epoch.
+        compiled: the first step compiles the model, and takes longer than all others.
+        loss_scaled: a loss scale leaves out a step whose gradient is not finite, as in fp16.
+
+    Attributes:
+        stop_agreed: all ranks know that one of them was asked to stop.
+        compile_seconds: how much longer the first step took than the second, where `compiled`; None until both are done.
     """
 
     def __init__(
@@ -38,6 +45,8 @@ class Recorder:
         *,
         samples_per_step: int,
         dataset_size: int,
+        compiled: bool = False,
+        loss_scaled: bool = False,
     ) -> None:
         self._world = world
         self._progress = progress
@@ -49,7 +58,12 @@ class Recorder:
         self._on_their_way: dict[int, tuple[int, float]] = {}
         self._mark = Moment(world.device)
         self._last_eval: EvalRow | None = None
+        self._health = _Health(loss_scaled=loss_scaled)
+        self._compiled = compiled
+        self._first_eval_seconds: float | None = None
+        self._first_step_seconds: float | None = None
         self.stop_agreed = False
+        self.compile_seconds: float | None = None
 
     def start_clock(self) -> None:
         """Count the next step's seconds from now: what came before was no step."""
@@ -79,12 +93,16 @@ class Recorder:
         self._take_in(everything=True)
 
     def evaluation(self, step: int, loss: float) -> EvalRow:
-        """Keep the result of an evaluation.
+        """Keep the result of an evaluation, which began when the clock was started.
 
         Args:
             step: the steps done before it.
             loss: the mean loss per token on held-out data.
         """
+        if self._compiled and self._first_step_seconds is None and self._first_eval_seconds is None:
+            now = Moment(self._world.device)
+            now.wait()  # whoever has the loss has waited for all that came before
+            self._first_eval_seconds = now.seconds_since(self._mark)
         row = EvalRow(step=step, eval_loss=loss)
         if self._writer is not None:
             self._writer.write(row)
@@ -124,7 +142,58 @@ class Recorder:
         if self._writer is not None:
             self._writer.write(row)
         self._progress.update(row)
+        for line in self._health.lines(step, loss, norm):
+            self._progress.message(line)
+        if self._compiled and self.compile_seconds is None:
+            self._tell_cost_of_compiling(seconds)
+
+    def _tell_cost_of_compiling(self, seconds: float) -> None:
+        """Compare the first step with the second, which is compiled already."""
+        if self._first_step_seconds is None:
+            self._first_step_seconds = seconds
+            return
+        first = self._first_step_seconds
+        self.compile_seconds = max(0.0, first - seconds)
+        line = f"compiled   the first step took {first:.3g} s, the second {seconds:.2g} s"
+        if self._first_eval_seconds is not None:
+            line += f"; the evaluation before them {self._first_eval_seconds:.3g} s, some of it for this"
+        self._progress.message(line)
+
+
+class _Health:
+    """Says when losses or gradients begin to be no numbers, and when that is over; not again at each step between.
+
+    Args:
+        loss_scaled: a step whose gradient is not finite is left out.
+    """
+
+    def __init__(self, *, loss_scaled: bool) -> None:
+        self._loss_scaled = loss_scaled
+        self._trouble: Literal["loss", "gradient's norm"] | None = None
+        self._since = 0
+
+    def lines(self, step: int, loss: float, norm: float) -> list[str]:
+        """Take in a step, and return what there is to say of it."""
+        trouble: Literal["loss", "gradient's norm"] | None = None
         if not math.isfinite(loss):
-            self._progress.message(f"warning: at step {step} the loss is {loss}; a smaller --learning-rate may help")
+            trouble = "loss"
         elif not math.isfinite(norm):
-            self._progress.message(f"warning: at step {step} the gradient's norm is {norm}")
+            trouble = "gradient's norm"
+        if trouble == self._trouble:
+            return []
+        before, since = self._trouble, self._since
+        self._trouble, self._since = trouble, step
+        if trouble is None:
+            return self._over(before, since, step)
+        if trouble == "loss":
+            return [f"warning: at step {step} the loss is {loss}; a smaller --learning-rate may help"]
+        if self._loss_scaled:
+            return [f"step {step} left out: its gradient overflowed in fp16; the loss scale is lowered until none does"]
+        return [f"warning: at step {step} the gradient's norm is {norm}"]
+
+    def _over(self, trouble: str | None, since: int, step: int) -> list[str]:
+        if trouble == "loss" or not self._loss_scaled:
+            steps = "1 step" if step - since == 1 else f"{step - since} steps"
+            return [f"at step {step} the {trouble} is finite again, after {steps}"]
+        # A single one is no more than a loss scale's way to find its height.
+        return [f"steps {since} to {step - 1} were left out"] if step - since > 1 else []

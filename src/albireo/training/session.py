@@ -22,6 +22,7 @@ from albireo.errors import Interrupted
 from albireo.files import FileOperations
 from albireo.optim import OptimizerWrapper
 from albireo.plugins import ModelWrapper
+from albireo.plugins.whole_tensors import WholeTensors, with_whole_tensors
 from albireo.training.evaluation import evaluate
 from albireo.training.memory_needs import MemoryUse, explain_out_of_memory, is_out_of_memory
 from albireo.training.metrics import read_metrics
@@ -152,7 +153,14 @@ class Session:
             return
         self.recorder.drain()
         batch_size = self.layout.batch_size
-        batches = evaluation_batches(self.data.held_out, batch_size, self.world.rank, self.world.world_size)
+        batches = evaluation_batches(
+            self.data.held_out,
+            batch_size,
+            self.world.rank,
+            self.world.world_size,
+            pin_memory=self.world.device.type == "cuda",
+        )
+        self.recorder.start_clock()
         self.recorder.evaluation(self.step, evaluate(self.model, batches, self.world))
         self._evaluated_step = self.step
         self.recorder.start_clock()
@@ -179,7 +187,7 @@ class Session:
         """
         self.recorder.drain()
         self.recorder.sync()
-        if status == "finished" and export_model and self.world.is_main:
+        if status == "finished" and export_model:
             self._export()
         if self.world.is_main:
             self._report(status)
@@ -224,13 +232,24 @@ class Session:
         if not isinstance(module, CausalLanguageModel):
             raise TypeError(f"expected the model wrapper, not {type(module).__name__}")
 
-        def write(path: Path) -> None:
-            with _quiet_transformers():
-                module.pretrained.save_pretrained(path)
-            if self.data.tokenizer is not None:
-                self.data.tokenizer.save(path)
+        def export(tensors: WholeTensors) -> None:
+            weights = {part.name.removeprefix("model/"): tensors.tensor(part) for part in tensors.slices}
+            weights.update({name: weights[first] for name, first in self.state.aliases.items()})
+            dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
 
-        replace_folder(self.folder.model_path, write, self.files)
+            def write(path: Path) -> None:
+                with _quiet_transformers():
+                    module.pretrained.save_pretrained(path, state_dict=weights)
+                    # What computes may be narrower than what is saved.
+                    module.pretrained.config.dtype = dtype
+                    module.pretrained.config.save_pretrained(path)
+                if self.data.tokenizer is not None:
+                    self.data.tokenizer.save(path)
+
+            replace_folder(self.folder.model_path, write, self.files)
+
+        plugin = self.booster.plugin
+        with_whole_tensors(plugin.export_model(self.model, self.state.names, self.world), self.world, export)
 
     def _report(self, status: Literal["finished", "interrupted"]) -> None:
         train_rows, eval_rows = read_metrics(self.folder.metrics_path)
@@ -243,6 +262,7 @@ class Session:
             device=describe_device(self.world.device),
             world_size=self.world.world_size,
             total_seconds=time.perf_counter() - self._began_seconds,
+            compile_seconds=self.recorder.compile_seconds,
         )
         summary = summarise(train_rows, eval_rows, facts, self.folder)
         self.folder.write_summary(summary)

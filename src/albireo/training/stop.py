@@ -13,6 +13,8 @@ __all__ = ["StopRequest"]
 class StopRequest:
     """Listens for SIGINT and SIGTERM while it is entered; in the main thread alone, since no other may.
 
+    A signal that was ignored stays so, as a shell wants it of what runs in the background.
+
     Attributes:
         requested: True once either has come.
     """
@@ -24,7 +26,8 @@ class StopRequest:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._hear)
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(

@@ -30,7 +30,8 @@ class RunFacts:
         precision: the precision's name.
         device: the device's name.
         world_size: how many ranks trained.
-        total_seconds: how long the run took, from start to end.
+        total_seconds: how long this process took, from start to end; not what came before a resume.
+        compile_seconds: how much longer this process's first step took for compiling; None if it compiled nothing.
     """
 
     status: Literal["finished", "interrupted"]
@@ -41,6 +42,7 @@ class RunFacts:
     device: str
     world_size: int
     total_seconds: float
+    compile_seconds: float | None = None
 
 
 def summarise(
@@ -48,8 +50,10 @@ def summarise(
 ) -> dict[str, Any]:
     """Gather a run's summary. Pure: it reads no file and no clock.
 
-    Rates and the step time are medians, which the slow first step and a checkpoint on the way do not move. Numbers
-    that are not finite, or that there is nothing to make of, are None.
+    Rates and the step time are medians, which the slow first step and a checkpoint on the way do not move. All is over
+    the whole run but `total_seconds` and `compile_seconds`, which are those of the process that wrote the summary:
+    `training_seconds` adds up all steps, those before a resume too. Numbers that are not finite, or that there is nothing
+    to make of, are None.
 
     Args:
         train_rows: by step.
@@ -83,6 +87,8 @@ def summarise(
         "step_seconds": _median(train_rows, lambda row: row.step_seconds),
         "samples_per_second": _median(train_rows, lambda row: row.samples_per_second),
         "tokens_per_second": _median(train_rows, lambda row: row.tokens_per_second),
+        "training_seconds": math.fsum(row.step_seconds for row in train_rows if math.isfinite(row.step_seconds)),
+        "compile_seconds": finite_or_none(facts.compile_seconds),
         "total_seconds": finite_or_none(facts.total_seconds),
         "device_peak_bytes": max((row.device_peak_bytes for row in train_rows), default=0),
         "host_peak_bytes": max((row.host_peak_bytes for row in train_rows), default=0),
@@ -159,8 +165,10 @@ def _lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if summary["samples_per_second"] is not None and summary["tokens_per_second"] is not None:
         rates = f"{summary['samples_per_second']:,.4g} samples/s, {summary['tokens_per_second']:,.0f} tokens/s"
         lines.append(("speed", rates))
+    if summary["compile_seconds"] is not None:
+        lines.append(("compiling", f"{summary['compile_seconds']:.3g} s"))
     if summary["total_seconds"] is not None:
-        lines.append(("total time", format_duration(summary["total_seconds"])))
+        lines.append(("total time", _times(summary["training_seconds"], summary["total_seconds"])))
     if summary["device_peak_bytes"]:
         lines.append(("device memory, peak", format_bytes(summary["device_peak_bytes"])))
     lines.append(("host memory, peak", format_bytes(summary["host_peak_bytes"])))
@@ -179,6 +187,13 @@ def _evaluation_text(evaluation: Mapping[str, Any]) -> str:
     return (
         f"loss {evaluation['eval_loss']:.3f}, perplexity {format_perplexity(perplexity)} (step {evaluation['step']:,})"
     )
+
+
+def _times(training_seconds: float, total_seconds: float) -> str:
+    steps, total = format_duration(training_seconds), format_duration(total_seconds)
+    if training_seconds <= total_seconds:
+        return f"{total}, of which {steps} in steps"
+    return f"{total} since it went on; {steps} in steps of the whole run"
 
 
 def _ranks(summary: Mapping[str, Any]) -> str:

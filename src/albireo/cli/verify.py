@@ -1,0 +1,94 @@
+"""`albireo verify RECIPE`: the proof that a plugin computes what plain PyTorch computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from albireo.cli.options import NamedGroup, SectionedCommand, config_options, given_options
+from albireo.config import user_path
+from albireo.errors import RunFolderError
+
+__all__ = ["verify"]
+
+_EPILOG = """
+Examples:
+  albireo verify opt                                            three steps of `albireo train opt`
+  albireo verify opt --gpus 2 --precision bf16 --accumulate 4   the same flags as train's
+  albireo verify opt --model 125m --data my.txt --json out.json
+
+Exit code 0: the same as plain PyTorch; 1: not; 2: the input is wrong.
+"""
+
+# They say when a run looks at itself, and nothing of what it computes.
+_NO_PART = ("eval_every", "save_every", "keep")
+
+
+@click.group(cls=NamedGroup, help="Prove that a plugin equals plain PyTorch: `albireo verify opt --help`.")
+def verify() -> None:
+    """Hold the recipes together."""
+
+
+@verify.command("opt", cls=SectionedCommand, epilog=_EPILOG)
+@config_options
+@click.option(
+    "--config", "config_file", metavar="FILE", help="Take options from a JSON file, as `train --print-config` makes it."
+)
+@click.option("--json", "json_file", metavar="FILE", help="Write the whole report to this file.")
+def opt(config_file: str | None, json_file: str | None, **values: Any) -> None:
+    """Train an OPT model for a few steps, and judge each against plain PyTorch in one process.
+
+    Takes the flags of `albireo train opt`: the same model, data, plugin and ranks. Every gradient is compared, every
+    parameter's step replayed; nothing is left on the disk.
+    """
+    options = given_options(values)
+    target = None if json_file is None else _writable(user_path("--json", json_file))
+    source = None if config_file is None else user_path("--config", config_file)
+    for name in _NO_PART:
+        if name in options:
+            click.echo(f"note: --{name.replace('_', '-')} plays no part in verify", err=True)
+    from albireo.verify.run import verify_recipe
+    from albireo.verify.table import print_report, verdict
+
+    report = verify_recipe("opt", options, config_file=source)
+    print_report(report)
+    if target is not None:
+        _write(target, report.to_json())
+    if report.passed:
+        click.echo(verdict(report))
+        return
+    click.echo(f"albireo: {verdict(report)}", err=True)
+    raise click.exceptions.Exit(1)
+
+
+def _help_of_steps() -> None:
+    """Say what `--steps` means here: the one flag that is not quite train's."""
+    for parameter in opt.params:
+        if isinstance(parameter, click.Option) and parameter.name == "steps":
+            parameter.help = "Optimizer steps to verify, of a run of so many. Default: the first 3 of the whole run."
+
+
+_help_of_steps()
+
+
+def _writable(path: Path) -> Path:
+    """Refuse a file that cannot be written before an hour has gone into what would stand in it."""
+    is_new = not path.exists()
+    try:
+        with path.open("a"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise RunFolderError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    except OSError as error:
+        raise RunFolderError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,124 @@
+"""ZeRO on a GPU: the plain path's numbers, no waiting, and states that stay on the host where they are put there."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import transformers.masking_utils
+
+from albireo.booster import Booster, StepOutput
+from albireo.data import RandomTokens
+from albireo.distributed import join_world
+from albireo.models import build_model, configure_model, resolve_model
+from albireo.optim import OptimizerWrapper, adamw, decay_groups
+from albireo.plugins import LowLevelZeroPlugin, ModelWrapper, Plugin, TorchDDPPlugin
+from albireo.training.causal_lm import CausalLanguageModel
+
+pytestmark = pytest.mark.gpu
+
+
+def boosted(plugin: Plugin) -> tuple[Booster, ModelWrapper, OptimizerWrapper]:
+    world = join_world(single=True)
+    choice = resolve_model("tiny")
+    config, _ = configure_model(choice, init="random")
+    model = build_model(choice, config, init="random", seed=0, device=world.device)
+    optimizer = adamw(decay_groups(model.named_parameters(), 0.01), 1e-3)
+    booster = Booster(plugin=plugin, world=world)
+    wrapped, stepped, *_ = booster.boost(CausalLanguageModel(model, choice.family), optimizer)
+    return booster, wrapped, stepped
+
+
+def steps(
+    booster: Booster, model: ModelWrapper, optimizer: OptimizerWrapper, count: int, accumulate: int = 1
+) -> list[StepOutput]:
+    outputs = []
+    for number in range(count):
+        batches = []
+        for micro in range(accumulate):
+            first = 4 * (number * accumulate + micro)
+            rows = RandomTokens(4096, 64, 4096, 0).__getitems__(range(first, first + 4))
+            ids = torch.stack([row["input_ids"] for row in rows]).pin_memory()
+            batches.append({"input_ids": ids, "labels": ids})
+        outputs.append(booster.train_step(model, optimizer, batches, [252] * accumulate, max_norm=1.0))
+    return outputs
+
+
+def test_in_fp32_it_is_torch_ddp_to_the_bit() -> None:
+    # Attention's backward and the loss add in no fixed order by default.
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    try:
+        losses, weights = [], []
+        for plugin in (TorchDDPPlugin(precision="fp32"), LowLevelZeroPlugin(precision="fp32")):
+            booster, model, optimizer = boosted(plugin)
+            losses.append([float(output.loss) for output in steps(booster, model, optimizer, 3, accumulate=2)])
+            weights.append([p.detach().clone() for p in model.unwrap().parameters()])
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    for plain, sharded in zip(*weights, strict=True):
+        assert (plain - sharded).abs().max().item() < 1e-4  # Adam turns the noise of a tiny gradient into whole steps
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # transformers 5.17 makes a mask of ones for OPT and then asks the device whether it is one; later ones do not.
+    monkeypatch.setattr(transformers.masking_utils, "fast_all", lambda _: True, raising=False)
+    booster, model, optimizer = boosted(LowLevelZeroPlugin(precision=precision, initial_scale=2.0**10))
+    first = steps(booster, model, optimizer, 2, accumulate=2)[0]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        last = steps(booster, model, optimizer, 4, accumulate=2)[-1]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert last.loss.item() < first.loss.item()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_states_on_the_host_are_stepped_like_those_on_the_device(precision: str, accumulate: int) -> None:
+    results = []
+    for offload in (False, True):
+        booster, model, optimizer = boosted(
+            LowLevelZeroPlugin(precision=precision, cpu_offload=offload, initial_scale=2.0**10)
+        )
+        outputs = steps(booster, model, optimizer, 8, accumulate)
+        results.append([float(output.loss) for output in outputs])
+        places = {value.device.type for s in optimizer.unwrap().state.values() for value in s.values() if value.dim()}
+        assert places == {"cpu" if offload else "cuda"}
+        for fragment in model.fragments:  # type: ignore[attr-defined]
+            assert torch.equal(fragment.compute.cpu(), fragment.master.detach().cpu().to(fragment.compute.dtype))
+    bound = 1e-5 if precision == "fp32" else 2e-3
+    assert results[0] == pytest.approx(results[1], rel=bound)
+
+
+def test_the_hosts_locked_memory_is_let_go_of() -> None:
+    def locked() -> int:
+        with open("/proc/self/status") as status:  # noqa: PTH123  a file of the kernel's
+            return next((int(line.split()[1]) for line in status if line.startswith("VmPin")), 0)
+
+    booster, model, optimizer = boosted(LowLevelZeroPlugin(precision="bf16", cpu_offload=True))
+    steps(booster, model, optimizer, 2)
+    held = locked()
+    del booster, model, optimizer
+    gc.collect()
+    assert locked() <= held
+    booster, model, optimizer = boosted(LowLevelZeroPlugin(precision="bf16", cpu_offload=True))
+    assert float(steps(booster, model, optimizer, 2)[-1].loss) > 0
+
+
+def test_weights_and_states_leave_the_device_when_they_are_offloaded() -> None:
+    peaks = []
+    for offload in (False, True):
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        booster, model, optimizer = boosted(LowLevelZeroPlugin(precision="bf16", cpu_offload=offload))
+        steps(booster, model, optimizer, 2)
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.memory_allocated() - before)
+        del booster, model, optimizer
+    # 14 bytes a parameter with everything on the device, 2 without.
+    assert peaks[1] < peaks[0] * 0.3

@@ -1,0 +1,74 @@
+"""Every plugin computes what plain PyTorch computes: a pairwise sample of the matrix here, all of it in `.ci/full`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from matrix import AXES, Cell, cells, name_of, pairwise_cells, run_cells
+
+from albireo.distributed import World, join_world, leave_world
+
+WORLD_SIZES = (1, 2, 4)
+# Cells that a plugin refuses, by what its line must name. None so far.
+REFUSED: dict[str, str] = {}
+# The smallest model has two blocks, of which one may be frozen; there are two steps.
+LEAST_COMPARED = 2 * 16
+
+
+@pytest.fixture
+def alone() -> Iterator[World]:
+    """A world of one with a process group, which torch's own sharding needs."""
+    threads = torch.get_num_threads()
+    world = join_world(single=True, always_group=True)
+    yield world
+    leave_world()
+    torch.set_num_threads(threads)
+
+
+def verified(request: pytest.FixtureRequest, world_size: int, chosen: list[Cell]) -> list[str]:
+    """Run cells, and return a line for each that did not pass."""
+    if world_size == 1:
+        results = [run_cells(request.getfixturevalue("alone"), chosen)]
+    else:
+        results = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size]).run(run_cells, cells=chosen)
+    lines = []
+    for number, cell in enumerate(chosen):
+        lines += [f"{name_of(cell)}, rank {rank}: {found}" for rank, found in _bad(cell, [r[number] for r in results])]
+    return lines
+
+
+def _bad(cell: Cell, results: list[dict[str, Any]]) -> Iterator[tuple[int, str]]:
+    for rank, result in enumerate(results):
+        if "refused" in result:
+            wanted = REFUSED.get(name_of(cell))
+            if wanted is None or wanted not in result["refused"]:
+                yield rank, f"refused: {result['refused']}"
+        elif result["failures"]:
+            yield rank, f"{len(result['failures'])} failures, the first: {result['failures'][0]}"
+        elif result["compared"] < LEAST_COMPARED:
+            yield rank, f"only {result['compared']} gradients were compared"
+
+
+def test_the_sample_has_every_pair_of_values() -> None:
+    chosen = pairwise_cells()
+    for first in AXES:
+        for second in AXES:
+            if first < second:
+                wanted = {(a, b) for a in AXES[first] for b in AXES[second]}
+                assert {(cell[first], cell[second]) for cell in chosen} == wanted
+    assert len(chosen) < len(cells()) / 8
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_sample_of_cells_is_plain_pytorch(request: pytest.FixtureRequest, world_size: int) -> None:
+    assert verified(request, world_size, pairwise_cells()) == []
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_every_cell_is_plain_pytorch(request: pytest.FixtureRequest, world_size: int) -> None:
+    assert verified(request, world_size, cells()) == []

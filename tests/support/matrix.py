@@ -1,0 +1,170 @@
+"""The cells of the equality matrix: plugin, precision, clipping, accumulation and model, each verified step by step."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from albireo.booster import Booster
+from albireo.distributed import World
+from albireo.errors import ConfigError
+from albireo.models import FAMILIES
+from albireo.optim import HybridAdam, decay_groups
+from albireo.plugins import LowLevelZeroPlugin, Plugin, TorchDDPPlugin, TorchFSDPPlugin
+from albireo.training.causal_lm import CausalLanguageModel
+from albireo.verify import Verifier
+
+Cell = dict[str, Any]
+
+VOCABULARY, LENGTH, STEPS = 96, 12, 2
+
+PLUGINS: Mapping[str, Callable[..., Plugin]] = {
+    # A branch that a rank leaves out has no gradient there, which DDP must be told to look for.
+    "ddp": lambda precision: TorchDDPPlugin(precision=precision, find_unused_parameters=True),
+    "fsdp": lambda precision: TorchFSDPPlugin(precision=precision),
+    "zero1": lambda precision: LowLevelZeroPlugin(stage=1, precision=precision, **SMALL),
+    "zero2": lambda precision: LowLevelZeroPlugin(stage=2, precision=precision, **SMALL),
+    "zero2_offload": lambda precision: LowLevelZeroPlugin(stage=2, precision=precision, cpu_offload=True, **SMALL),
+}
+# Several buckets, each over several parameters; a scale that does not overflow at once.
+SMALL: dict[str, Any] = {"reduce_bucket_size_in_m": 0.01, "initial_scale": 2.0**10}
+
+AXES: dict[str, list[Any]] = {
+    "plugin": list(PLUGINS),
+    "precision": ["fp32", "bf16", "fp16"],
+    "clip": [0.0, 0.3],
+    "accumulate": [1, 4],
+    "model": ["tied", "untied", "frozen", "unused", "padded"],
+}
+
+
+def cells() -> list[Cell]:
+    """Return all cells of a world size."""
+    return [dict(zip(AXES, values, strict=True)) for values in itertools.product(*AXES.values())]
+
+
+def pairwise_cells() -> list[Cell]:
+    """Return some cells in which each two values of two axes come together at least once; the same in every run."""
+
+    def pairs(cell: Cell) -> Iterator[tuple[tuple[str, Any], tuple[str, Any]]]:
+        return itertools.combinations(cell.items(), 2)
+
+    left = {pair for cell in cells() for pair in pairs(cell)}
+    chosen = []
+    while left:
+        best = max(cells(), key=lambda cell: sum(pair in left for pair in pairs(cell)))
+        chosen.append(best)
+        left.difference_update(pairs(best))
+    return chosen
+
+
+def name_of(cell: Cell) -> str:
+    """Return a cell's name."""
+    clip = "clip" if cell["clip"] else "noclip"
+    return f"{cell['plugin']}-{cell['precision']}-{clip}-x{cell['accumulate']}-{cell['model']}"
+
+
+class _SometimesUsed(nn.Module):
+    """A language model with a branch that some batches take, and one that none does."""
+
+    def __init__(self, model: nn.Module, width: int) -> None:
+        super().__init__()
+        self.model = model
+        self.branch = nn.Linear(width, VOCABULARY)
+        self.never = nn.Linear(3, 5)
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, *, branch: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.model.model.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        logits = self.model.lm_head(hidden)
+        if branch:
+            logits = logits + self.branch(hidden)
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        return loss, (labels[:, 1:] >= 0).sum()
+
+
+def _build(kind: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        model = _model(kind)
+    model.train()
+    return model, HybridAdam(decay_groups(model.named_parameters(), 0.1), lr=1e-2)
+
+
+def _model(kind: str) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+    if kind == "padded":
+        config = GPT2Config(
+            vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=2, use_cache=False,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=1,
+        )  # fmt: skip
+        return GPT2LMHeadModel(config)
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=2,
+        max_position_embeddings=LENGTH, word_embed_proj_dim=32, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        layerdrop=0.0, tie_word_embeddings=kind != "untied", use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+    )  # fmt: skip
+    model = OPTForCausalLM(config)
+    if kind == "unused":
+        return _SometimesUsed(model, 32)
+    if kind == "frozen":
+        model.model.decoder.layers[0].requires_grad_(requires_grad=False)
+        model.model.decoder.embed_positions.requires_grad_(requires_grad=False)
+    return CausalLanguageModel(model, FAMILIES["opt"])
+
+
+def _batches(kind: str, step: int, rank: int, accumulate: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(10_000 * step + 100 * rank)
+    batches = []
+    for number in range(accumulate):
+        ids = torch.randint(2, VOCABULARY, (2, LENGTH), generator=generator)
+        labels = ids.clone()
+        batch: dict[str, Any] = {"input_ids": ids, "labels": labels}
+        # Ragged counts in every model: a mean of means shows.
+        short = (step + 2 * rank + number) % 5
+        labels[0, LENGTH - short :] = -100
+        if kind == "padded":
+            ids[0, LENGTH - short :] = 0
+            mask = torch.ones_like(ids)
+            mask[0, LENGTH - short :] = 0
+            batch["attention_mask"] = mask
+        if kind == "unused":
+            # In the first step nobody takes the branch, in the second the main rank alone.
+            batch["branch"] = step == 1 and rank == 0
+        batches.append(batch)
+    return batches
+
+
+def run_cell(world: World, cell: Cell) -> dict[str, Any]:
+    """Verify a cell, on every rank; a cell that is refused says why."""
+    torch.set_num_threads(1)
+    world = World(world.rank, world.world_size, world.local_rank, torch.device("cpu"))
+    kind = cell["model"]
+    try:
+        booster = Booster(plugin=PLUGINS[cell["plugin"]](cell["precision"]), world=world)
+        model, optimizer = _build(kind)
+        boosted, wrapped, *_ = booster.boost(model, optimizer)
+    except ConfigError as error:
+        return {"refused": str(error)}
+    verifier = Verifier(booster, boosted, wrapped, lambda: _build(kind))
+    worst, compared, failures = 0.0, 0, []
+    for step in range(STEPS):
+        batches = [_batches(kind, step, rank, cell["accumulate"]) for rank in range(world.world_size)]
+        report = verifier.step(batches, max_norm=cell["clip"])
+        worst = max(worst, report.max_relative_error)
+        compared += len(report.parameters)
+        failures += [f"step {step}: {failure}" for failure in report.failures]
+    return {"worst": worst, "compared": compared, "failures": failures}
+
+
+def run_cells(world: World, cells: list[Cell]) -> list[dict[str, Any]]:
+    """Verify many cells."""
+    return [run_cell(world, cell) for cell in cells]
