@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import AXES, Cell, cells, name_of, pairwise_cells, run_cells
+from equality_matrix import AXES, Cell, cells, name_of, pairwise_cells, run_cells
 
 from albireo.distributed import World, join_world, leave_world
 
