@@ -1,7 +1,7 @@
 # Sourced by the other scripts: makes .venv in the repository, once, and installs Albireo into it.
-# Usage: . scripts/environment.sh EXTRA   (EXTRA: nothing, or a name such as "test")
+# Usage: . scripts/environment.sh EXTRA   (EXTRA: "", or a name such as "test"; left out, it would be the caller's $1)
 
-extra="${1:-}"
+extra="$1"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 find_python() {
@@ -22,11 +22,13 @@ if [ ! -x "$root/.venv/bin/python" ]; then
     "$python" -m venv "$root/.venv" || exit 2
 fi
 # What is installed is known by what it was made from: the same sources need no second look.
-wanted="$extra $(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
-if [ "$(cat "$root/.venv/albireo-installed" 2>/dev/null)" != "$wanted" ]; then
+wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
+# One file an extra: to install another takes none away.
+installed="$root/.venv/albireo-installed${extra:+-$extra}"
+if [ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]; then
     echo "installing Albireo and what it needs into $root/.venv (once)" >&2
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint "$root/constraints.txt" --editable "$root${extra:+[$extra]}" || exit 2
-    echo "$wanted" >"$root/.venv/albireo-installed"
+    echo "$wanted" >"$installed"
 fi
 export PATH="$root/.venv/bin:$PATH"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from hypothesis import settings
 from rank_pool import RankPool
 from train_server import TrainServer
+
+from albireo.distributed import World
 
 # A shared machine may be slow for a moment: how long an example takes says nothing about what it shows.
 settings.register_profile("albireo", deadline=None)
@@ -100,6 +103,18 @@ def four_ranks() -> Iterator[RankPool]:
     pool = RankPool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def run_case(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+    """Run a case on 1, 2 or 4 ranks: `run_case(case, world_size, **arguments)`; on one in this process."""
+
+    def run(case: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:
+        if world_size == 1:
+            return [case(World(0, 1, 0, torch.device("cpu")), **arguments)]
+        return request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size]).run(case, **arguments)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import OPTConfig, OPTForCausalLM
+from tiny_models import small_opt
+from transformers import OPTForCausalLM
 
 from albireo.booster import Booster
 from albireo.distributed import World
@@ -25,47 +26,23 @@ ALONE = World(0, 1, 0, CPU)
 VOCABULARY, LENGTH, BATCH = 61, 12, 3
 RATE, DECAY = 1e-2, 0.1
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-POOLS = {2: "two_ranks", 4: "four_ranks"}
 
 Texts = tuple[torch.Tensor, torch.Tensor]
 Run = Callable[..., list[Any]]
 
 
-@pytest.fixture
-def run_case(request: pytest.FixtureRequest) -> Run:
-    """Run a case on so many ranks: on one in this process, on more in a pool."""
-
-    def run(case: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:
-        if world_size == 1:
-            return [case(ALONE, **arguments)]
-        return request.getfixturevalue(POOLS[world_size]).run(case, **arguments)
-
-    return run
-
-
 def tiny(*, tied: bool = True) -> OPTForCausalLM:
     """The same weights whenever it is called; biases and norms are not left at 0 and 1."""
-    config = OPTConfig(
+    return small_opt(
+        shaken=0.05,
         vocab_size=VOCABULARY,
         hidden_size=32,
-        word_embed_proj_dim=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         ffn_dim=64,
         max_position_embeddings=LENGTH,
-        dropout=0.0,
-        attention_dropout=0.0,
-        layerdrop=0.0,
-        init_std=0.1,
         tie_word_embeddings=tied,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model = OPTForCausalLM(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.train()
 
 
 def texts_of(step: int, rank: int, micro_batch: int, world_size: int, accumulate: int) -> Texts:

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiny_models import small_opt
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTForCausalLM
 
 from albireo import Booster, DistCoordinator, HybridAdam, TorchDDPPlugin
 from albireo.distributed import World
@@ -130,20 +131,7 @@ def test_a_script_of_the_api_trains_saves_and_goes_on(run_case: Run, tmp_path: P
 
 
 def tiny_opt() -> OPTForCausalLM:
-    config = OPTConfig(
-        vocab_size=29,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        ffn_dim=32,
-        max_position_embeddings=10,
-        dropout=0.0,
-        init_std=0.1,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return OPTForCausalLM(config).train()
+    return small_opt(vocab_size=29, max_position_embeddings=10)
 
 
 def ragged(rank: int, micro_batch: int) -> dict[str, torch.Tensor]:

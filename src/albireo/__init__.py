@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from albireo.distributed import DistCoordinator, launch_from_torch
     from albireo.distributed.from_torch import launch
     from albireo.optim import HybridAdam
-    from albireo.plugins import LowLevelZeroPlugin, TorchDDPPlugin
+    from albireo.plugins import LowLevelZeroPlugin, TorchDDPPlugin, TorchFSDPPlugin
 
 __all__ = [
     "Booster",
@@ -21,6 +21,7 @@ __all__ = [
     "HybridAdam",
     "LowLevelZeroPlugin",
     "TorchDDPPlugin",
+    "TorchFSDPPlugin",
     "__version__",
     "launch",
     "launch_from_torch",
@@ -36,6 +37,7 @@ _HOMES = MappingProxyType(
         "HybridAdam": "albireo.optim",
         "LowLevelZeroPlugin": "albireo.plugins",
         "TorchDDPPlugin": "albireo.plugins",
+        "TorchFSDPPlugin": "albireo.plugins",
         "launch": "albireo.distributed.from_torch",
         "launch_from_torch": "albireo.distributed",
     }

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 import torch
 
 from albireo.device import PeakMemory, device_total_bytes, read_host_memory
@@ -54,3 +55,24 @@ def test_the_hosts_peak_grows_with_what_is_touched() -> None:
     assert peaks.read().host_peak_bytes >= size
     assert peaks.read().device_peak_bytes == 0
     del block
+
+
+def test_a_gpus_counters_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call for one of them has the allocator write down all of them."""
+    calls = []
+    counters = {"allocated_bytes.all.current": 1, "allocated_bytes.all.peak": 2, "reserved_bytes.all.peak": 3}
+
+    def read(device: torch.device) -> dict[str, int]:
+        calls.append(device)
+        return counters
+
+    monkeypatch.setattr("torch.cuda.memory.memory_stats", read)
+    monkeypatch.setattr("torch.cuda.memory_stats", read)
+    reading = PeakMemory(torch.device("cuda", 1)).read()
+    assert (reading.device_bytes, reading.device_peak_bytes, reading.device_reserved_peak_bytes) == (1, 2, 3)
+    assert calls == [torch.device("cuda", 1)]
+
+
+def test_a_gpu_that_has_not_been_used_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.memory_stats", lambda _device: {})
+    assert PeakMemory(torch.device("cuda")).read().device_peak_bytes == 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from tiny_models import small_opt
+from transformers import OPTForCausalLM
 
 from albireo.data import Batch
 from albireo.models import OPT
@@ -14,7 +15,8 @@ from albireo.training.saving import tensor_names
 
 def make(*, tied: bool = True, post_norm: bool = False) -> OPTForCausalLM:
     """A small OPT; with `post_norm` one of the 350m's kind, whose words are narrower than its hidden states."""
-    config = OPTConfig(
+    return small_opt(
+        seed=1,
         vocab_size=53,
         hidden_size=32,
         word_embed_proj_dim=16 if post_norm else 32,
@@ -23,13 +25,8 @@ def make(*, tied: bool = True, post_norm: bool = False) -> OPTForCausalLM:
         num_attention_heads=4,
         ffn_dim=48,
         max_position_embeddings=16,
-        dropout=0.0,
-        init_std=0.1,
         tie_word_embeddings=tied,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        return OPTForCausalLM(config).train()
 
 
 def batch_of(length: int = 10) -> Batch:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import small_opt
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTForCausalLM
 
 from albireo.booster import Booster
 from albireo.data import Batch, RandomTokens, evaluation_batches
@@ -21,25 +23,13 @@ from albireo.optim import adamw, decay_groups
 from albireo.plugins import ModelWrapper, TorchDDPPlugin
 from albireo.training.causal_lm import CausalLanguageModel
 from albireo.training.evaluation import evaluate
+from albireo.training.session import Session
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
-POOLS = {2: "two_ranks", 4: "four_ranks"}
 VOCABULARY, LENGTH = 41, 9
 
 Run = Callable[..., list[Any]]
-
-
-@pytest.fixture
-def run_case(request: pytest.FixtureRequest) -> Run:
-    """Run a case on so many ranks: on one in this process, on more in a pool."""
-
-    def run(case: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:
-        if world_size == 1:
-            return [case(ALONE, **arguments)]
-        return request.getfixturevalue(POOLS[world_size]).run(case, **arguments)
-
-    return run
 
 
 class Labelled:
@@ -58,21 +48,8 @@ class Labelled:
 
 
 def make(world: World, precision: str = "fp32", dropout: float = 0.5) -> tuple[OPTForCausalLM, ModelWrapper]:
-    config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        ffn_dim=32,
-        max_position_embeddings=LENGTH,
-        dropout=dropout,
-        attention_dropout=0.0,
-        init_std=0.2,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(4)
-        model = OPTForCausalLM(config).train()
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "num_hidden_layers": 2}
+    model = small_opt(seed=4, dropout=dropout, init_std=0.2, **sizes)
     optimizer = adamw(decay_groups(model.named_parameters(), 0.0), 1e-3)
     booster = Booster(plugin=TorchDDPPlugin(precision=precision), world=world)
     boosted, *_ = booster.boost(CausalLanguageModel(model, OPT), optimizer)
@@ -157,3 +134,28 @@ def test_weights_that_are_no_numbers_give_a_loss_that_is_none() -> None:
     nn.init.constant_(model.model.decoder.final_layer_norm.weight, float("nan"))
     loss = evaluate(boosted, evaluation_batches(RandomTokens(2, LENGTH, VOCABULARY, 0), 2), ALONE)
     assert loss != loss
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_are_pinned_for_a_gpu_alone(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    pinned = []
+
+    def batches(*_: Any, pin_memory: bool = False) -> list[Batch]:
+        pinned.append(pin_memory)
+        return []
+
+    monkeypatch.setattr("albireo.training.session.evaluation_batches", batches)
+    monkeypatch.setattr("albireo.training.session.evaluate", lambda *_: 1.0)
+    nothing = SimpleNamespace(drain=lambda: None, start_clock=lambda: None, evaluation=lambda *_: None)
+    session: Any = SimpleNamespace(
+        config=SimpleNamespace(schedule=SimpleNamespace(eval_every=1)),
+        _evaluated_step=-1,
+        step=0,
+        recorder=nothing,
+        layout=SimpleNamespace(batch_size=2),
+        data=SimpleNamespace(held_out=None),
+        world=World(0, 1, 0, torch.device(device)),
+        model=None,
+    )
+    Session.evaluate(session)
+    assert pinned == [device == "cuda"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_texts import write_text
 
 from albireo.config import MachineFacts, RunConfig, merge, resolve
 from albireo.device import Readback, capture_random_state, restore_random_state
@@ -23,32 +23,15 @@ from albireo.training.session import Session
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
-POOLS = {2: "two_ranks", 4: "four_ranks"}
-WORDS = ["star", "double", "light", "night", "sees", "two", "one", "and", "the", "of"]
 # Evaluations and checkpoints that fall on one step, and each on steps of its own; batches that straddle epochs.
 SCHEDULE = {"steps": 7, "eval_every": 3, "save_every": 2, "keep": 9}
 
 Run = Callable[..., list[Any]]
 
 
-@pytest.fixture
-def run_case(request: pytest.FixtureRequest) -> Run:
-    """Run a case on so many ranks: on one in this process, on more in a pool."""
-
-    def run(case: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:
-        if world_size == 1:
-            return [case(ALONE, **arguments)]
-        return request.getfixturevalue(POOLS[world_size]).run(case, **arguments)
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    generator = random.Random(5)
-    path.write_text("\n".join(" ".join(generator.choices(WORDS, k=9)) + "." for _ in range(24)))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", lines=24)
 
 
 @pytest.fixture(scope="module")

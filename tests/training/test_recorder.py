@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +15,15 @@ import pytest
 import torch
 
 from albireo.booster import StepOutput
+from albireo.config import MachineFacts, RunConfig, merge, resolve
 from albireo.device import Readback
 from albireo.distributed import World
+from albireo.training.assemble import open_session
+from albireo.training.loop import train_loop
 from albireo.training.metrics import MetricsWriter, read_metrics
 from albireo.training.progress import Progress
 from albireo.training.recorder import Recorder
+from albireo.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
@@ -43,13 +49,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Kept:
     """A recorder with its file and its screen."""
 
-    def __init__(self, folder: Path, lag: int, world: World = ALONE) -> None:
+    def __init__(self, folder: Path, lag: int, world: World = ALONE, **more: bool) -> None:
         self.screen = io.StringIO()
         self.path = folder / "metrics.jsonl"
         self.writer = MetricsWriter(self.path)
         progress = Progress(stream=self.screen)
         progress.start_training(1, 20)
-        self.recorder = Recorder(world, progress, self.writer, samples_per_step=4, dataset_size=10)
+        self.recorder = Recorder(world, progress, self.writer, samples_per_step=4, dataset_size=10, **more)
         # The lag of a GPU, on any machine.
         self.recorder._readback = Readback(CPU, lag)
 
@@ -60,6 +66,10 @@ class Kept:
 
     def rows(self) -> list[Any]:
         return read_metrics(self.path)[0]
+
+    def said(self) -> list[str]:
+        """Return the lines that are neither a step's nor an evaluation's."""
+        return [line for line in self.screen.getvalue().splitlines() if not re.match(r"step \d+/", line)]
 
 
 @pytest.fixture(params=[0, 1, 2, 5])
@@ -179,6 +189,122 @@ def test_a_norm_that_is_no_number_is_said(kept: Kept, value: float) -> None:
     kept.step(1, norm=value)
     kept.recorder.drain()
     assert f"warning: at step 1 the gradient's norm is {value}" in kept.screen.getvalue()
+
+
+def test_what_lasts_is_said_once_and_when_it_is_over(kept: Kept) -> None:
+    losses = [1.0, math.nan, math.nan, math.inf, math.nan, 2.0, 2.0, math.nan, 2.0]
+    for step, loss in enumerate(losses, start=1):
+        kept.step(step, loss=loss)
+    kept.recorder.drain()
+    assert kept.said() == [
+        "warning: at step 2 the loss is nan; a smaller --learning-rate may help",
+        "at step 6 the loss is finite again, after 4 steps",
+        "warning: at step 8 the loss is nan; a smaller --learning-rate may help",
+        "at step 9 the loss is finite again, after 1 step",
+    ]
+
+
+def test_one_trouble_after_another_is_said(kept: Kept) -> None:
+    kept.step(1, norm=math.inf)
+    kept.step(2, norm=math.nan)
+    kept.step(3, loss=math.nan, norm=math.nan)
+    kept.step(4, loss=math.nan, norm=math.nan)
+    kept.step(5, norm=math.nan)
+    kept.step(6)
+    kept.recorder.drain()
+    assert kept.said() == [
+        "warning: at step 1 the gradient's norm is inf",
+        "warning: at step 3 the loss is nan; a smaller --learning-rate may help",
+        "warning: at step 5 the gradient's norm is nan",
+        "at step 6 the gradient's norm is finite again, after 1 step",
+    ]
+
+
+def test_a_step_that_a_loss_scale_leaves_out_is_no_fault(tmp_path: Path) -> None:
+    kept = Kept(tmp_path, 2, loss_scaled=True)
+    norms = [math.inf, math.nan, 1.0, math.inf, 1.0, 1.0]
+    for step, norm in enumerate(norms, start=1):
+        kept.step(step, norm=norm)
+    kept.step(7, loss=math.nan, norm=math.nan)
+    kept.recorder.drain()
+    kept.writer.close()
+    assert kept.said() == [
+        "step 1 left out: its gradient overflowed in fp16; the loss scale is lowered until none does",
+        "steps 1 to 2 were left out",
+        "step 4 left out: its gradient overflowed in fp16; the loss scale is lowered until none does",
+        "warning: at step 7 the loss is nan; a smaller --learning-rate may help",
+    ]
+
+
+def test_the_cost_of_compiling_is_said_once(tmp_path: Path, clock: Clock) -> None:
+    kept = Kept(tmp_path, 0, compiled=True)
+    kept.recorder.start_clock()
+    assert kept.recorder.compile_seconds is None
+    for step, seconds in enumerate((23.4, 0.31, 0.5, 9.0), start=1):
+        clock.seconds += seconds
+        kept.step(step)
+        assert len(kept.said()) == (step > 1)
+    kept.writer.close()
+    assert kept.said() == ["compiled   the first step took 23.4 s, the second 0.31 s"]
+    assert kept.recorder.compile_seconds == pytest.approx(23.09)
+
+
+def test_an_evaluation_before_the_first_step_compiles_too(tmp_path: Path, clock: Clock) -> None:
+    kept = Kept(tmp_path, 0, compiled=True)
+    kept.recorder.start_clock()
+    clock.seconds += 12.0
+    kept.recorder.evaluation(0, 3.0)
+    for seconds in (23.4, 0.31):
+        kept.recorder.start_clock()
+        clock.seconds += seconds
+        kept.step(len(kept.rows()) + 1)
+    kept.recorder.start_clock()
+    clock.seconds += 12.0
+    kept.recorder.evaluation(2, 3.0)
+    kept.writer.close()
+    expected = (
+        "compiled   the first step took 23.4 s, the second 0.31 s; the evaluation before them 12 s, some of it for this"
+    )
+    assert [line for line in kept.said() if "compiled" in line] == [expected]
+
+
+def test_a_first_step_that_is_no_slower_cost_nothing(tmp_path: Path, clock: Clock) -> None:
+    kept = Kept(tmp_path, 0, compiled=True)
+    for step in (1, 2):
+        kept.recorder.start_clock()
+        clock.seconds += step
+        kept.step(step)
+    kept.writer.close()
+    assert kept.recorder.compile_seconds == 0.0
+
+
+def test_nothing_is_said_of_compiling_where_nothing_was(kept: Kept) -> None:
+    for step in range(1, 5):
+        kept.step(step)
+    kept.recorder.drain()
+    assert kept.said() == []
+    assert kept.recorder.compile_seconds is None
+
+
+def test_a_run_tells_its_recorder_what_to_expect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+
+    def make(*arguments: Any, **options: Any) -> Recorder:
+        told.append({name: options.pop(name) for name in ("compiled", "loss_scaled")})
+        return Recorder(*arguments, compiled=told[-1]["compiled"], **options)
+
+    monkeypatch.setattr("albireo.training.assemble.Recorder", make)
+    monkeypatch.setattr("albireo.training.assemble.compile_blocks", lambda *_, **__: 2)
+    schedule = {"steps": 2, "eval_every": 0, "save_every": 0}
+    options = {"data": "random", "sequence_length": 16, "batch_size": 2, **schedule}
+    for more in ({"compile": True, "precision": "fp16"}, {}):
+        config = resolve(merge(RunConfig(), {**options, **more}), MachineFacts("cpu", 1, False))
+        folder = RunFolder.create(tmp_path / str(len(more)))
+        with open_session(config, folder, ALONE) as session:
+            session.finish(train_loop(session), export_model=False)
+        seconds = json.loads(folder.summary_path.read_text())["compile_seconds"]
+        assert seconds is None if not more else seconds >= 0.0
+    assert told == [{"compiled": True, "loss_scaled": True}, {"compiled": False, "loss_scaled": False}]
 
 
 def test_what_is_finite_is_not_warned_of(kept: Kept) -> None:

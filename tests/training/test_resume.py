@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from tiny_texts import write_text
 from train_server import Ended, TrainServer
 
 from albireo.errors import RunFolderError
@@ -23,11 +24,7 @@ SAVES = ["--save-every", "2", "--keep", "2", "--dropout", "0.1"]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    generator = random.Random(5)
-    words = ["star", "double", "light", "night", "sees", "two", "one", "and", "the", "of"]
-    path.write_text("\n".join(" ".join(generator.choices(words, k=9)) + "." for _ in range(60)))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt", lines=60)
 
 
 @pytest.fixture(scope="module")

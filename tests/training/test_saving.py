@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from tiny_models import small_opt
 
 from albireo.booster import Booster
 from albireo.checkpoint import OneRank, Snapshot, open_checkpoint, save_checkpoint, whole
@@ -25,43 +25,24 @@ from albireo.training.saving import Position, RunState, tensor_names
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
-POOLS = {2: "two_ranks", 4: "four_ranks"}
 VOCABULARY, LENGTH = 41, 9
 
 Run = Callable[..., list[Any]]
 
 
-@pytest.fixture
-def run_case(request: pytest.FixtureRequest) -> Run:
-    """Run a case on so many ranks: on one in this process, on more in a pool."""
-
-    def run(case: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:
-        if world_size == 1:
-            return [case(ALONE, **arguments)]
-        return request.getfixturevalue(POOLS[world_size]).run(case, **arguments)
-
-    return run
-
-
 def make(
     world: World = ALONE, precision: str = "fp32", *, seed: int = 4, layers: int = 1, width: int = 16, tied: bool = True
 ) -> RunState:
-    config = OPTConfig(
+    model = small_opt(
+        seed=seed,
         vocab_size=VOCABULARY,
         hidden_size=width,
-        word_embed_proj_dim=width,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        ffn_dim=32,
         max_position_embeddings=LENGTH,
         dropout=0.3,
-        attention_dropout=0.0,
         init_std=0.2,
         tie_word_embeddings=tied,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = OPTForCausalLM(config).train()
     inner = adamw(decay_groups(model.named_parameters(), 0.1), 1e-2)
     scheduler = scheduler_for(inner, steps=8, warmup_steps=2, schedule="cosine")
     booster = Booster(plugin=TorchDDPPlugin(precision=precision), world=World(world.rank, world.world_size, 0, CPU))

@@ -77,10 +77,26 @@ def test_one_may_listen_within_another() -> None:
         assert outer.requested
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_was_ignored_stays_so(number: int) -> None:
+    """A shell has its background jobs ignore Ctrl-C, which is meant for what runs in front."""
+    signal.signal(number, signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(number)
+        assert not stop.requested
+        assert signal.getsignal(number) == signal.SIG_IGN
+        other = next(one for one in SIGNALS if one != number)
+        signal.raise_signal(other)
+        assert stop.requested
+    assert signal.getsignal(number) == signal.SIG_IGN
+
+
 def replace_signal(monkeypatch: pytest.MonkeyPatch, replacement: Callable[[int, Any], Any]) -> None:
     """Give the file under test another `signal.signal`, and nobody else."""
-    names = {name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIG_DFL", "default_int_handler")}
-    monkeypatch.setattr("albireo.training.stop.signal", SimpleNamespace(signal=replacement, **names))
+    names = {name: getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIG_DFL", "SIG_IGN", "default_int_handler")}
+    monkeypatch.setattr(
+        "albireo.training.stop.signal", SimpleNamespace(signal=replacement, getsignal=signal.getsignal, **names)
+    )
 
 
 class Foreign:

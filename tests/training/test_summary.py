@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -21,6 +22,7 @@ FACTS = RunFacts(
     device="cpu",
     world_size=1,
     total_seconds=65.2,
+    compile_seconds=None,
 )
 
 
@@ -78,6 +80,8 @@ def test_summary_of_a_run(summary):
         "step_seconds": 0.5,
         "samples_per_second": 16.0,
         "tokens_per_second": 2048.0,
+        "training_seconds": 30.0 + 59 * 0.5,
+        "compile_seconds": None,
         "total_seconds": 65.2,
         "device_peak_bytes": 2**30 + 60,
         "host_peak_bytes": 2 * 2**30 - 1,
@@ -122,12 +126,25 @@ def test_the_table_in_a_file(summary, folder):
         "evaluation, best     loss 5.200, perplexity 181.3 (step 40)",
         "step time            0.5 s (median)",
         "speed                16 samples/s, 2,048 tokens/s",
-        "total time           1:05",
+        "total time           1:05, of which 1:00 in steps",
         "device memory, peak  1.00 GB",
         "host memory, peak    2.00 GB",
         f"loss plot  {folder.loss_plot_path}",
         f"model      {folder.model_path}",
     ]
+
+
+def test_a_run_that_went_on_says_what_its_times_cover(folder):
+    rows = [train_row(step, 5.0, step_seconds=60.0) for step in range(1, 4)]
+    summary = summarise(rows, [], dataclasses.replace(FACTS, total_seconds=65.0), folder)
+    assert (summary["training_seconds"], summary["total_seconds"]) == (180.0, 65.0)
+    assert "total time           1:05 since it went on; 3:00 in steps of the whole run\n" in printed(summary, folder)
+
+
+def test_the_cost_of_compiling_is_kept(folder):
+    summary = summarise([train_row(1, 5.0)], [], dataclasses.replace(FACTS, compile_seconds=23.09), folder)
+    assert summary["compile_seconds"] == 23.09
+    assert "compiling            23.1 s\n" in printed(summary, folder)
 
 
 def test_only_what_is_there_is_named(summary, folder):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import io
-import random
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 import torch
+from tiny_texts import write_text
 
 from albireo.config import MachineFacts, RunConfig, merge, resolve
 from albireo.data import TokenBlocks, load_tokenizer
 from albireo.errors import DataError
 from albireo.training.progress import Progress
 from albireo.training.text import RANDOM_BLOCKS, RunData, load_run_data
-
-WORDS = ["star", "double", "light", "night", "sees", "two", "one", "and", "the", "of"]
 
 
 def config_of(**options: Any) -> RunConfig:
@@ -25,10 +23,7 @@ def config_of(**options: Any) -> RunConfig:
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    generator = random.Random(5)
-    path.write_text("\n".join(" ".join(generator.choices(WORDS, k=9)) + "." for _ in range(60)))
-    return path
+    return write_text(tmp_path / "text.txt", lines=60)
 
 
 def load(cache: Path, *, screen: io.StringIO | None = None, tokenizer: Any = None, **options: Any) -> RunData:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +102,14 @@ def test_it_trains_as_without_it() -> None:
 
     for mine, plain in zip(weights(watched=True), weights(watched=False), strict=True):
         assert torch.equal(mine, plain)
+
+
+def test_the_documented_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "verify.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(compile(example, "docs/verify.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["1", "True"], ["2", "True"], ["3", "True"]]
 
 
 def test_tf32_is_as_it_was() -> None:

@@ -43,10 +43,12 @@ class PeakMemory:
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if self._device.type != "cuda":
             return PeakReading(0, 0, 0, host)
+        # torch's functions for a single counter each have the allocator write down all of them.
+        counters = torch.cuda.memory_stats(self._device)
         return PeakReading(
-            device_bytes=torch.cuda.memory_allocated(self._device),
-            device_peak_bytes=torch.cuda.max_memory_allocated(self._device),
-            device_reserved_peak_bytes=torch.cuda.max_memory_reserved(self._device),
+            device_bytes=counters.get("allocated_bytes.all.current", 0),
+            device_peak_bytes=counters.get("allocated_bytes.all.peak", 0),
+            device_reserved_peak_bytes=counters.get("reserved_bytes.all.peak", 0),
             host_peak_bytes=host,
         )
 

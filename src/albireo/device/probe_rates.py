@@ -8,36 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = [
-    "AdamRate",
-    "MatmulRate",
-    "measure_host_adam",
-    "measure_matmul",
-    "try_training_step",
-]
+__all__ = ["MatmulRate", "best_seconds", "measure_matmul", "try_training_step"]
 
-_ADAM_PARAMETERS = 32 * 2**20
-# Weights, gradients and two moments, each fp32.
-_ADAM_BYTES_PER_PARAMETER = 16
 _LARGEST_MATRIX = {"cpu": 2048, "cuda": 8192}
 _FIRST_MATRIX = 256
-
-
-@dataclass(frozen=True)
-class AdamRate:
-    """Adam on the host, as an offloaded optimizer steps: `torch.optim.AdamW(fused=True)` on fp32.
-
-    Attributes:
-        parameters: how many a step updates.
-        step_seconds: the best step.
-        parameters_per_second: the one by the other.
-        threads: how many computed.
-    """
-
-    parameters: int
-    step_seconds: float
-    parameters_per_second: float
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -55,31 +29,6 @@ class MatmulRate:
     kind: str
     size: int
     flops_per_second: float
-
-
-def measure_host_adam(
-    *, seconds: float, parameters: int = _ADAM_PARAMETERS, available_bytes: int | None = None
-) -> AdamRate:
-    """Step an optimizer for a while.
-
-    Args:
-        seconds: about how long.
-        parameters: how many a step updates.
-        available_bytes: what may be used; fewer are updated where that is little.
-    """
-    while (
-        available_bytes is not None
-        and parameters > 2**20
-        and 2 * _ADAM_BYTES_PER_PARAMETER * parameters > available_bytes
-    ):
-        parameters //= 2
-    weight = torch.nn.Parameter(torch.zeros(parameters))
-    weight.grad = torch.full_like(weight, 1e-3)
-    optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True)
-    # The first step makes the states.
-    optimizer.step()
-    step_seconds = _best_seconds(optimizer.step, seconds=seconds)
-    return AdamRate(parameters, step_seconds, parameters / step_seconds, torch.get_num_threads())
 
 
 def measure_matmul(device: torch.device, kind: str, *, seconds: float) -> MatmulRate:
@@ -141,16 +90,15 @@ def try_training_step(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if losses[-1] < losses[0] else f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
 
 
-def _matmul_seconds(device: torch.device, dtype: torch.dtype, size: int, *, seconds: float) -> float:
-    # Not zeros, which a GPU multiplies faster than anything real.
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return _best_seconds(lambda: left @ right, seconds=seconds, device=device)
-
-
-def _best_seconds(action: Callable[[], object], *, seconds: float, device: torch.device | None = None) -> float:
+def best_seconds(action: Callable[[], object], *, seconds: float, device: torch.device | None = None) -> float:
     """Return the best time of an action that is repeated for a while, three times at least.
 
     The best, since whatever else runs on the machine only ever makes it longer.
+
+    Args:
+        action: what to time; its first run does not count.
+        seconds: about how long.
+        device: a GPU that the action has work for, which is waited for.
     """
 
     def once() -> float:
@@ -166,3 +114,9 @@ def _best_seconds(action: Callable[[], object], *, seconds: float, device: torch
     while time.perf_counter() < end:
         times.append(once())
     return min(times)
+
+
+def _matmul_seconds(device: torch.device, dtype: torch.dtype, size: int, *, seconds: float) -> float:
+    # Not zeros, which a GPU multiplies faster than anything real.
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return best_seconds(lambda: left @ right, seconds=seconds, device=device)

@@ -96,6 +96,9 @@ def _report_path(folder: RunFolder) -> Path:
 
 
 def _verify_on_rank(config: RunConfig, folder: RunFolder, world: World, steps: int | None) -> VerifyReport:
+    # As in training; fp32 itself is verified without TF32.
+    torch.backends.cuda.matmul.allow_tf32 = config.plugin.tf32
+    torch.backends.cudnn.allow_tf32 = config.plugin.tf32
     with open_session(config, folder, world) as session, session.out_of_memory_explained():
         verifier = Verifier(
             session.booster, session.model, session.optimizer, _reference_factory(session), names_of=_family_names
