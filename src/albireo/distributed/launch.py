@@ -73,6 +73,7 @@ def launch_ranks(
     *,
     extra_environment: Mapping[str, str] | None = None,
     timeout_seconds: float = math.inf,
+    patience_seconds: float | None = None,
 ) -> None:
     """Run a function on several new ranks of this machine, and wait for all.
 
@@ -82,6 +83,7 @@ def launch_ranks(
         world_size: how many ranks.
         extra_environment: variables for the ranks beside those of this process.
         timeout_seconds: when to end them all.
+        patience_seconds: how long the ranks' watchdogs take to be sure that one of them hangs; None: its default.
 
     Raises:
         AlbireoError: what the first rank to fail raised, if it said so.
@@ -90,7 +92,8 @@ def launch_ranks(
     with tempfile.TemporaryDirectory(prefix="albireo-ranks-") as name:
         folder = Path(name)
         base = {**os.environ, **(extra_environment or {})}
-        (folder / "payload.json").write_text(json.dumps({"entry": entry, "payload": payload}))
+        task = {"entry": entry, "payload": payload, "patience_seconds": patience_seconds}
+        (folder / "payload.json").write_text(json.dumps(task))
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", RANK_MODULE, str(folder), str(os.getpid())],

@@ -115,6 +115,7 @@ class VitalSign:
         idle_share: processor time over time, since it has been waiting.
         ended: "" or how it ended: "left" or "failed".
         verdict: why it ends all ranks, if it does.
+        culprit: for the sake of which rank.
     """
 
     beat: int
@@ -132,6 +133,7 @@ class VitalSign:
     idle_share: float = 1.0
     ended: str = ""
     verdict: str = ""
+    culprit: int = -1
 
     def encode(self) -> bytes:
         """Return it as JSON."""
@@ -287,7 +289,9 @@ def _is_forward(code: CodeType) -> bool:
 
 def _module_by_class(frames: list[FrameType]) -> str:
     """Return the classes of the modules whose forwards run, the outermost first."""
-    names = [frame.f_code.co_qualname.rpartition(".")[0].rpartition(".")[2] for frame in frames if _is_forward(frame.f_code)]
+    names = [
+        frame.f_code.co_qualname.rpartition(".")[0].rpartition(".")[2] for frame in frames if _is_forward(frame.f_code)
+    ]
     return " > ".join(reversed(names))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,32 +22,14 @@ from albireo.verify.gather import StepTensors, with_step_tensors
 from albireo.verify.judge import Judge, StepFacts
 from albireo.verify.record import RankRecord, square_sum
 from albireo.verify.reference import Form, PlainGradients, PlainReference, ReferenceFactory
-from albireo.verify.report import SMALL_LOSS, Failure, StepReport
-from albireo.verify.scale import scale_problem
+from albireo.verify.report import Failure, StepReport
 from albireo.verify.thresholds import Thresholds
+from albireo.verify.whole_step import RankNumbers, global_loss, judge_whole_step
 
 __all__ = ["Verifier", "verify_step"]
 
 MicroBatch = Mapping[str, Any]
 NamesOf = Callable[[nn.Module], Mapping[torch.Tensor, str]]
-
-
-class _RankNumbers(NamedTuple):
-    """What a rank says of a step.
-
-    Attributes:
-        loss_sum: the loss over its own micro-batches.
-        tokens: how many terms it counted.
-        grad_norm: the norm that it was told.
-        square_sum: of its own part of the reduced gradients.
-        loss_scale: after the step; 0 without one.
-    """
-
-    loss_sum: float
-    tokens: float
-    grad_norm: float
-    square_sum: float
-    loss_scale: float
 
 
 def names_in(module: nn.Module) -> Mapping[torch.Tensor, str]:
@@ -161,7 +143,9 @@ class Verifier:
             plain = self._plain(tensors, micro_batches, counts, scaler)
             facts = self._facts(plain, numbers, names, settings, said, max_norm)
             judged = Judge(facts, self.thresholds)
-            judged.failures.extend(self._whole_step(facts, numbers, counts, scaler))
+            judged.failures.extend(
+                judge_whole_step(facts, numbers, counts, (scaler, optimizer.scaler_state()), self.thresholds)
+            )
             if facts.skipped or (math.isfinite(facts.true_norm) and plain.finite):
                 for found in tensors.parameters():
                     judged.parameter(found)
@@ -201,7 +185,7 @@ class Verifier:
     def _facts(
         self,
         plain: PlainGradients,
-        numbers: Sequence[_RankNumbers],
+        numbers: Sequence[RankNumbers],
         names: Mapping[torch.Tensor, str],
         settings: Sequence[Mapping[str, Any]],
         said: Sequence[Mapping[str, Any]],
@@ -225,54 +209,20 @@ class Verifier:
             device=self._booster.world.device,
         )
 
-    def _numbers(self, output: StepOutput, record: RankRecord) -> list[_RankNumbers]:
-        mine = _RankNumbers(
+    def _numbers(self, output: StepOutput, record: RankRecord) -> list[RankNumbers]:
+        mine = RankNumbers(
             float(output.loss_sum),
             float(output.tokens),
             float(output.grad_norm),
             square_sum(record.slices.get("reduced", ())),
             self._optimizer.scaler_state().get("scale", 0.0),
         )
-        return [_RankNumbers(*numbers) for numbers in self._booster.world.gather_numbers(mine)]
+        return [RankNumbers(*numbers) for numbers in self._booster.world.gather_numbers(mine)]
 
-    def _whole_step(
-        self,
-        facts: StepFacts,
-        numbers: Sequence[_RankNumbers],
-        counts: Sequence[Sequence[int]],
-        scaler: Mapping[str, float],
-    ) -> Iterator[Failure]:
-        """Judge what is not of a single parameter."""
-        plain, allowed = facts.plain, self.thresholds
-        finite = math.isfinite(facts.true_norm)
-        if finite != plain.finite:
-            infinite = "plain PyTorch" if finite else "the system"
-            yield Failure("gradient", None, f"only {infinite} has gradients that are not finite")
-        elif not finite and not facts.skipped:
-            yield Failure("gradient", None, "gradients are not finite on either side: there is nothing to compare")
-        for rank, (said, own) in enumerate(zip(numbers, counts, strict=True)):
-            if said.tokens != sum(own):
-                yield Failure("loss", None, f"rank {rank} counted {said.tokens:g} terms, not {sum(own)}")
-        loss = _loss(numbers)
-        if not abs(loss - plain.loss) <= allowed.gradient * max(abs(plain.loss), SMALL_LOSS):
-            yield Failure("loss", None, f"it is {loss:.9g}, and plain PyTorch's {plain.loss:.9g}")
-        norm = numbers[0].grad_norm
-        if any(said.grad_norm != norm for said in numbers) and not facts.skipped:
-            yield Failure("norm", None, f"ranks have other ones: {', '.join(f'{n.grad_norm:.9g}' for n in numbers)}")
-        if finite and not abs(norm - facts.true_norm) <= allowed.norm * facts.true_norm:
-            yield Failure("norm", None, f"it was reported as {norm:.9g}, and is {facts.true_norm:.9g}")
-        if facts.skipped and math.isfinite(norm):
-            yield Failure("norm", None, f"it was reported as {norm:.9g} though the gradients are not finite")
-        problem = scale_problem(scaler, self._optimizer.scaler_state(), skipped=facts.skipped)
-        if problem is not None:
-            yield Failure("scale", None, problem)
-        if any(said.loss_scale != numbers[0].loss_scale for said in numbers):
-            yield Failure("scale", None, f"ranks have other ones: {', '.join(f'{n.loss_scale:g}' for n in numbers)}")
-
-    def _report(self, judged: Judge, numbers: Sequence[_RankNumbers], scaler: Mapping[str, float]) -> StepReport:
+    def _report(self, judged: Judge, numbers: Sequence[RankNumbers], scaler: Mapping[str, float]) -> StepReport:
         return StepReport(
             step=self._steps,
-            loss=_loss(numbers),
+            loss=global_loss(numbers),
             reference_loss=judged.facts.plain.loss,
             grad_norm=numbers[0].grad_norm,
             true_norm=judged.facts.true_norm,
@@ -282,10 +232,10 @@ class Verifier:
             failures=tuple(judged.failures),
         )
 
-    def _unjudged(self, numbers: Sequence[_RankNumbers], scaler: Mapping[str, float], problem: str) -> StepReport:
+    def _unjudged(self, numbers: Sequence[RankNumbers], scaler: Mapping[str, float], problem: str) -> StepReport:
         return StepReport(
             step=self._steps,
-            loss=_loss(numbers),
+            loss=global_loss(numbers),
             reference_loss=math.nan,
             grad_norm=numbers[0].grad_norm,
             true_norm=math.nan,
@@ -327,10 +277,6 @@ def verify_step(
     """
     verifier = Verifier(booster, model, optimizer, reference_factory)
     return verifier.step(micro_batches, counts, lr_scheduler=lr_scheduler, max_norm=max_norm)
-
-
-def _loss(numbers: Sequence[_RankNumbers]) -> float:
-    return sum(said.loss_sum for said in numbers) / max(sum(said.tokens for said in numbers), 1.0)
 
 
 def _plain(value: Any) -> Any:
