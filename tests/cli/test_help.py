@@ -20,8 +20,8 @@ from albireo.training.plan import plan_run
 OPTIONS = {info.name: info for info in RunConfig.options()}
 
 # What has to be given beside an option so that it may be changed at all, and what else changes with it.
-BESIDE = {"init": ["--model", "125m"], "text_field": ["--data", "a/b"]}
-FOLLOWS = {"model": {"init", "sequence_length", "learning_rate", "epochs"}, "steps": {"epochs"}}
+BESIDE = {"zero_stage": ["--plugin", "low_level_zero"], "cpu_offload": ["--plugin", "low_level_zero"], "init": ["--model", "125m"], "text_field": ["--data", "a/b"]}
+FOLLOWS = {"model": {"init", "sequence_length", "learning_rate", "epochs"}, "steps": {"plugin": {"precision"}, "epochs"}}
 
 
 def commands(command: click.Command = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -110,7 +110,8 @@ def another_value(info: OptionInfo, value: Any) -> Any:
     if info.kind is bool:
         return not value
     if info.kind is int:
-        return (value or 1) + 1
+        up = (value or 1) + 1
+        return up if info.maximum is None or up <= info.maximum else up - 2
     if info.kind is float:
         return (value or 0.0) + 0.25
     return "125m" if info.name == "model" else "/another/name"
