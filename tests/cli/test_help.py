@@ -20,8 +20,17 @@ from albireo.training.plan import plan_run
 OPTIONS = {info.name: info for info in RunConfig.options()}
 
 # What has to be given beside an option so that it may be changed at all, and what else changes with it.
-BESIDE = {"zero_stage": ["--plugin", "low_level_zero"], "cpu_offload": ["--plugin", "low_level_zero"], "init": ["--model", "125m"], "text_field": ["--data", "a/b"]}
-FOLLOWS = {"model": {"init", "sequence_length", "learning_rate", "epochs"}, "steps": {"plugin": {"precision"}, "epochs"}}
+BESIDE = {
+    "init": ["--model", "125m"],
+    "text_field": ["--data", "a/b"],
+    "zero_stage": ["--plugin", "low_level_zero"],
+    "cpu_offload": ["--plugin", "low_level_zero"],
+}
+FOLLOWS = {
+    "model": {"init", "sequence_length", "learning_rate", "epochs"},
+    "steps": {"epochs"},
+    "plugin": {"precision"},
+}
 
 
 def commands(command: click.Command = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
