@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,16 +22,14 @@ _RANKS = "ALBIREO_TEST_RANKS"
 
 
 class RankServer(TrainServer):
-    """A train server whose runs may have `--gpus 2`; a context manager is not needed, `close` ends it.
+    """A train server whose runs may have `--gpus 2`.
 
-    `crash_at` and `operations` of `start` count the operations of the launcher and of one rank, by default the main
-    one; `crash_rank` says another.
+    `crash_at` and `operations` of `start` count the file operations of the launcher and of one rank, by default the
+    main one; `crash_rank` says another.
     """
 
-    script = __file__
-
     def __init__(self, folder: Path) -> None:
-        # The one place where a server knows which file it runs.
+        # Its process is to run this file.
         before, train_server.__file__ = train_server.__file__, __file__
         try:
             super().__init__(folder)
@@ -47,6 +46,11 @@ class RankServer(TrainServer):
         """Return the process numbers of the ranks of the run that was started last, as far as they have been started."""
         path = self._folder / f"{self._count}.ranks"
         return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def kill(self, process: int) -> None:
+        """Kill a process of the run that was started last, unless it has ended already."""
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
     def wait_for_ranks(self) -> None:
         """Wait until no rank of the run that was started last is there any more, as after a kill of its launcher."""

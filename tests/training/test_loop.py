@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_texts import write_text
 
+from albireo.checkpoint import replace_folder
 from albireo.config import MachineFacts, RunConfig, merge, resolve
 from albireo.device import Readback, capture_random_state, restore_random_state
 from albireo.distributed import World
@@ -292,14 +293,43 @@ def test_no_rank_ends_a_stopped_run_before_the_main_rank_has_written_all(
     assert seen == (["report", "barrier"] if rank == 0 else ["barrier"])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_only_the_main_rank_writes_what_a_run_leaves(options: dict[str, Any], tmp_path: Path, rank: int) -> None:
-    with open_session(config_of(options), RunFolder.create(tmp_path / "run"), ALONE) as session:
-        session.world = Events(rank)
-        session.progress.start_training(1, 7)
-        session.finish("finished")
-    assert (tmp_path / "run" / "model" / "config.json").exists() == (rank == 0)
-    assert (tmp_path / "run" / "summary.json").exists() == (rank == 0)
+def finishing_case(world: World, *, folder: str, options: dict[str, Any]) -> list[str]:
+    """Finish a run that has not trained, and return what this rank wrote."""
+    world = World(world.rank, world.world_size, world.local_rank, CPU)
+    path, wrote = Path(folder), []
+    before = capture_random_state(CPU)
+
+    def writing_model(*arguments: Any) -> None:
+        wrote.append("model")
+        replace_folder(*arguments)
+
+    try:
+        if world.is_main:
+            RunFolder.create(path)
+        world.barrier()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            open_session(config_of(options), RunFolder(path, is_new=False), world) as session,
+        ):
+            patch.setattr("albireo.training.session.replace_folder", writing_model)
+            report = session._report
+            patch.setattr(session, "_report", lambda status: (wrote.append("report"), report(status)))
+            session.progress.start_training(1, 7)
+            session.finish("finished")
+        return wrote
+    finally:
+        restore_random_state(before, CPU)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_only_the_main_rank_writes_what_a_run_leaves(
+    run_case: Run, options: dict[str, Any], tmp_path: Path, world_size: int
+) -> None:
+    folder = tmp_path / "run"
+    wrote = run_case(finishing_case, world_size, folder=str(folder), options=options)
+    assert wrote == [["model", "report"], []][:world_size]
+    assert (folder / "model" / "config.json").exists()
+    assert (folder / "summary.json").exists()
 
 
 def test_the_model_is_left_out_on_demand(options: dict[str, Any], tmp_path: Path) -> None:

@@ -3,15 +3,25 @@
 import json
 import os
 import random
+import shlex
+import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
+from rank_server import RankServer
 from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_models import small_opt
 from tiny_texts import write_text
 from train_server import Ended, TrainServer
 
+from albireo.checkpoint import newest_whole
 from albireo.errors import RunFolderError
 from albireo.training.metrics import read_metrics
 from albireo.training.plan import plan_run
@@ -73,6 +83,15 @@ def assert_said_in_a_line(ended: Ended) -> None:
     assert "Traceback" not in ended.errors, ended.errors
 
 
+def wait_for_rows(folder: Path, rows: int) -> None:
+    """Wait until so many training steps are in the metrics file."""
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or metrics.read_bytes().count(b'"lr"') < rows:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def resume(server: TrainServer, folder: Path, flags: list[str]) -> None:
     """Go on with a run, as a user would: by its folder alone, or anew if it never began."""
     if (folder / "config.json").exists():
@@ -95,11 +114,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 ) -> None:
     folder = tmp_path / "run"
     process = train_server.start([*flags, "--output", str(folder)])
-    metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not metrics.exists() or metrics.read_bytes().count(b'"lr"') < after_rows:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for_rows(folder, after_rows)
     os.kill(process, signal.SIGINT)
     ended = train_server.wait()
     if ended.code != 0:  # it may have been at its last step
@@ -180,3 +195,193 @@ def test_a_kill_at_any_moment_loses_nothing(
 def test_there_is_nothing_to_resume_where_no_run_began(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="there is no such folder"):
         plan_run(recipe="opt", options={}, resume=tmp_path / "nowhere")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train on two ranks, and how a run of it is interrupted in the sample.
+
+    Attributes:
+        flags: which plugin, and how.
+        crash: the rank that ends without any cleaning up in the middle of its second checkpoint; None: other ends.
+        kill: "launcher" or a rank, which is killed after four steps; "ctrl-c" stops the run.
+    """
+
+    flags: str
+    crash: int | None = None
+    kill: str | int | None = None
+
+
+SAMPLE = [
+    Way("--plugin torch_ddp --dropout 0.1", crash=0),
+    Way("--plugin torch_fsdp", kill=1),
+    Way("--plugin low_level_zero --zero-stage 1", crash=1),
+    Way("--plugin low_level_zero --dropout 0.1", kill="launcher"),
+    Way("--plugin low_level_zero --cpu-offload", kill="ctrl-c"),
+    Way("--plugin low_level_zero --precision fp16", crash=0),
+]
+MORE = [
+    Way("--plugin torch_ddp_fp16 --dropout 0.1"),
+    Way("--plugin torch_fsdp --precision bf16 --cpu-offload"),
+    Way("--plugin low_level_zero --precision bf16 --cpu-offload"),
+]
+
+
+@pytest.fixture(scope="module")
+def rank_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
+    server = RankServer(tmp_path_factory.mktemp("rank_server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small model, of which only the description is used."""
+    folder = tmp_path_factory.mktemp("model") / "small"
+    model = small_opt(vocab_size=272, hidden_size=32, num_hidden_layers=2, ffn_dim=64, max_position_embeddings=64)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(text: Path, small: Path, cache_folder: Path) -> list[str]:
+    """Flags of a run on two ranks, each of which steps four samples in two micro-batches."""
+    much = "--batch-size 2 --accumulate 2 --sequence-length 16 --steps 8 --eval-every 4 --save-every 2 --gpus 2"
+    files = ["--model", str(small), "--init", "random", "--data", str(text), "--cache", str(cache_folder)]
+    return ["train", "opt", *files, *shlex.split(much)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_on_ranks(
+    rank_server: RankServer, base: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Way], Path]:
+    """Return the folder of a whole run of a way; beside it lie the file operations of the rank that is to crash."""
+
+    @cache
+    def run(way: Way) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed") / "run"
+        arguments = [*base, *shlex.split(way.flags), "--output", str(folder)]
+        ended = rank_server.run(arguments, operations=folder.parent / "operations.txt", crash_rank=way.crash or 0)
+        assert ended.code == 0, ended.errors
+        return folder
+
+    return run
+
+
+def interrupt(server: RankServer, arguments: list[str], folder: Path, way: Way, operations: list[str]) -> Ended:
+    """Begin a run, and end it as its way says."""
+    if way.crash is not None:
+        second = [number for number, line in enumerate(operations) if "step-00000004" in line]
+        ended = server.run(arguments, crash_at=second[len(second) // 2], crash_rank=way.crash)
+        assert ended.code != 0
+        return ended
+    process = server.start(arguments)
+    wait_for_rows(folder, 4)
+    if way.kill == "ctrl-c":
+        os.kill(process, signal.SIGINT)
+    else:
+        server.kill(process if way.kill == "launcher" else server.ranks()[int(way.kill or 0)])
+    ended = server.wait()
+    server.wait_for_ranks()
+    return ended
+
+
+@pytest.mark.parametrize("way", SAMPLE, ids=lambda way: way.flags)
+def test_ranks_go_on_to_the_very_bits(
+    rank_server: RankServer, base: list[str], undisturbed_on_ranks: Callable[[Way], Path], tmp_path: Path, way: Way
+) -> None:
+    whole = undisturbed_on_ranks(way)
+    operations = (whole.parent / "operations.txt").read_text().splitlines()
+    folder = tmp_path / "run"
+    arguments = [*base, *shlex.split(way.flags), "--output", str(folder)]
+    ended = interrupt(rank_server, arguments, folder, way, operations)
+    if way.kill == "ctrl-c" and ended.code != 0:  # it may have been at its last step
+        assert ended.code == 130, ended.errors
+        assert ended.errors.strip().splitlines()[-1].endswith(f"go on with: albireo train opt --resume {folder}")
+    resume(rank_server, folder, arguments)
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+def test_ranks_that_are_killed_at_any_moment_lose_nothing(
+    rank_server: RankServer, base: list[str], undisturbed_on_ranks: Callable[[Way], Path], tmp_path: Path
+) -> None:
+    generator = random.Random(17)
+    ways = [*SAMPLE, *MORE]
+    whole_seconds: dict[Way, float] = {}
+    for number in range(30):
+        way = ways[number % len(ways)]
+        whole = undisturbed_on_ranks(way)
+        folder = tmp_path / f"kill-{number}"
+        arguments = [*base, *shlex.split(way.flags), "--output", str(folder)]
+        if way not in whole_seconds:
+            begin = time.monotonic()
+            assert rank_server.run([*arguments[:-1], str(tmp_path / f"timed-{number}")]).code == 0
+            whole_seconds[way] = time.monotonic() - begin
+        launcher = rank_server.start(arguments)
+        time.sleep(generator.uniform(0, whole_seconds[way]))
+        rank_server.kill(generator.choice([launcher, *rank_server.ranks()]))
+        rank_server.wait()
+        rank_server.wait_for_ranks()
+        resume(rank_server, folder, arguments)
+        assert_same_run(folder, whole)
+        shutil.rmtree(folder)
+
+
+def assert_exported_whole(folder: Path) -> None:
+    """Check that the model is the last checkpoint's fp32 weights, and that transformers opens it."""
+    from transformers import OPTForCausalLM
+
+    checkpoint, _ = newest_whole(folder / "checkpoints")
+    assert checkpoint is not None
+    exported = load_file(folder / "model" / "model.safetensors")
+    names = {name.removeprefix("model/") for name in checkpoint.names("model/")}
+    assert names == {*exported, "lm_head.weight"}  # which is the embedding
+    for name, tensor in exported.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, checkpoint.read(f"model/{name}").reshape(tensor.shape)), name
+    loaded, report = OPTForCausalLM.from_pretrained(folder / "model", output_loading_info=True)
+    assert not any(report.values()), report
+    assert loaded.dtype == torch.float32
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, exported[{"lm_head.weight": "model.decoder.embed_tokens.weight"}.get(name, name)])
+
+
+@pytest.mark.parametrize("way", SAMPLE, ids=lambda way: way.flags)
+def test_the_exported_model_is_the_checkpoints_weights(undisturbed_on_ranks: Callable[[Way], Path], way: Way) -> None:
+    assert_exported_whole(undisturbed_on_ranks(way))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", MORE, ids=lambda way: way.flags)
+def test_more_exported_models_are_the_checkpoints_weights(
+    undisturbed_on_ranks: Callable[[Way], Path], way: Way
+) -> None:
+    assert_exported_whole(undisturbed_on_ranks(way))
+
+
+# The samples of a step stay the same ones.
+ELSEWHERE = [
+    ("--plugin low_level_zero --zero-stage 1", "--plugin torch_ddp --gpus 1 --batch-size 4"),
+    ("--plugin torch_fsdp", "--plugin low_level_zero --gpus 1 --accumulate 4"),
+    ("--plugin low_level_zero --cpu-offload", "--plugin torch_fsdp --no-cpu-offload"),
+]
+
+
+@pytest.mark.parametrize(("begun", "goes_on"), ELSEWHERE)
+def test_a_run_goes_on_under_another_plugin_and_number_of_ranks(
+    rank_server: RankServer, undisturbed_on_ranks: Callable[[Way], Path], tmp_path: Path, begun: str, goes_on: str
+) -> None:
+    whole = undisturbed_on_ranks(next(way for way in SAMPLE if way.flags == begun))
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.rmtree(folder / "checkpoints" / "step-00000008")
+    ended = rank_server.run(["train", "opt", "--resume", str(folder), *shlex.split(goes_on)])
+    assert ended.code == 0, ended.errors
+    assert "going on from the checkpoint of step 6" in ended.errors
+    assert_exported_whole(folder)
+    (rows, evaluations), (wanted_rows, wanted_evaluations) = losses(folder), losses(whole)
+    assert rows[:6] == wanted_rows[:6]
+    # fp32 sums in another order, at most.
+    for ours, theirs in zip([*rows[6:], evaluations[-1]], [*wanted_rows[6:], wanted_evaluations[-1]], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
