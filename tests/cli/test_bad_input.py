@@ -182,6 +182,16 @@ FLAGS = [
     Wrong("block of one token", "--sequence-length 1", ("--sequence-length must be at least 2",)),
     Wrong("block too long", "--sequence-length 4096", ("--sequence-length 4096", "2048 positions", "use 2048 or less")),
     Wrong("seed below zero", "--seed -1", ("--seed must be at least 0",)),
+    Wrong("stage of weights", "--plugin low_level_zero --zero-stage 3", ("--zero-stage must be at most 2, not 3",)),
+    Wrong("no stage", "--plugin low_level_zero --zero-stage 0", ("--zero-stage must be at least 1, not 0",)),
+    Wrong("stage of whole copies", "--zero-stage 1", ("--zero-stage is for --plugin low_level_zero", "leave it out")),
+    Wrong("stage of torch's own", "--plugin torch_fsdp --zero-stage 2", ("--plugin torch_fsdp has no stages",)),
+    Wrong("nothing to offload", "--cpu-offload", ("--cpu-offload", "low_level_zero or torch_fsdp", "leave it out")),
+    Wrong(
+        "fp16 that is bf16",
+        "--plugin torch_ddp_fp16 --precision bf16",
+        ("torch_ddp_fp16", "not in bf16", "--precision fp16"),
+    ),
     Wrong("ids need no tokenizer", "--data random --tokenizer {tokenizer}", ("--data random", "--tokenizer")),
     Wrong("made-up text has no fields", "--text-field body", ("--data synthetic", "--text-field body", "leave it out")),
 ]
@@ -326,6 +336,25 @@ def test_wrong_configuration_files(
     output = ["--output", str(tmp_path / "run")]
     said(train_server.run(["train", "opt", "--config", str(tmp_path / "mine.json"), *output]), "mine.json", *words)
     assert content(tmp_path) == {"mine.json": written.encode()}
+
+
+TOGETHER = [
+    ({"plugin": "low_level_zero", "zero_stage": 3}, "", ("mine.json", "--zero-stage must be at most 2, not 3")),
+    ({"plugin": "torch_ddp", "zero_stage": 1}, "", ("--zero-stage is for --plugin low_level_zero",)),
+    ({"plugin": "torch_ddp", "cpu_offload": True}, "", ("--cpu-offload", "--no-cpu-offload if a file")),
+    ({"cpu_offload": True, "plugin": "torch_fsdp"}, "--plugin torch_ddp", ("--cpu-offload", "--no-cpu-offload if a file")),
+    ({"precision": "bf16"}, "--plugin torch_ddp_fp16", ("torch_ddp_fp16", "not in bf16", "--precision fp16")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("written", "flags", "words"), TOGETHER, ids=[f"{row[0]} {row[1]}" for row in TOGETHER])
+def test_plugins_of_configuration_files_that_cannot_be(
+    train_server: TrainServer, tmp_path: Path, written: dict[str, object], flags: str, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps({"plugin": written}))
+    arguments = ["--config", str(tmp_path / "mine.json"), "--output", str(tmp_path / "run"), *shlex.split(flags)]
+    said(train_server.run(["train", "opt", *arguments]), *words)
+    assert list(content(tmp_path)) == ["mine.json"]
 
 
 def test_a_configuration_that_is_not_there(train_server: TrainServer, tmp_path: Path) -> None:

@@ -38,9 +38,48 @@ def test_what_is_given_stays() -> None:
     assert (config.schedule.steps, config.schedule.epochs) == (5, None)
 
 
+def test_a_stage_is_decided_for_the_plugin_that_has_stages() -> None:
+    def stage(**options: object) -> int | None:
+        return resolve(merge(RunConfig(), options), CPU).plugin.zero_stage
+
+    assert stage(plugin="low_level_zero") == 2
+    assert stage(plugin="low_level_zero", zero_stage=1) == 1
+    assert [stage(plugin=name) for name in ("torch_ddp", "torch_ddp_fp16", "torch_fsdp")] == [None] * 3
+
+
+@pytest.mark.parametrize("machine", [CPU, HOPPER, TURING])
+def test_the_plugin_that_says_fp16_in_its_name_computes_in_it(machine: MachineFacts) -> None:
+    for given in ({}, {"precision": "fp16"}):
+        config = resolve(merge(RunConfig(), {"plugin": "torch_ddp_fp16", **given}), machine)
+        assert config.plugin.precision == "fp16"
+
+
+@pytest.mark.parametrize("plugin", ["low_level_zero", "torch_fsdp"])
+def test_what_shards_offloads_in_every_precision(plugin: str) -> None:
+    for precision in ("fp32", "fp16", "bf16"):
+        given = {"plugin": plugin, "cpu_offload": True, "precision": precision, "gpus": 2}
+        config = resolve(merge(RunConfig(), given), HOPPER)
+        assert (config.plugin.cpu_offload, config.plugin.precision) == (True, precision)
+
+
+def test_what_is_resolved_stays_as_it_is() -> None:
+    for name in ("torch_ddp", "torch_ddp_fp16", "torch_fsdp", "low_level_zero"):
+        config = resolve(merge(RunConfig(), {"plugin": name}), HOPPER)
+        assert resolve(config, HOPPER) == config
+
+
 @pytest.mark.parametrize(
     ("options", "machine", "message"),
     [
+        ({"zero_stage": 1}, CPU, "--zero-stage is for --plugin low_level_zero, and --plugin torch_ddp has no stages"),
+        ({"zero_stage": 2, "plugin": "torch_fsdp"}, CPU, "and --plugin torch_fsdp has no stages: leave it out"),
+        ({"cpu_offload": True}, CPU, "--cpu-offload is for --plugin low_level_zero or torch_fsdp, .*--no-cpu-offload"),
+        ({"cpu_offload": True, "plugin": "torch_ddp_fp16"}, HOPPER, "--plugin torch_ddp_fp16 keeps all on the device"),
+        (
+            {"plugin": "torch_ddp_fp16", "precision": "bf16"},
+            HOPPER,
+            "computes in fp16, not in bf16: take --precision fp16, or --plugin torch_ddp --precision bf16",
+        ),
         ({"gpus": 3}, HOPPER, "--gpus 3 asks for more than this machine has: 2 GPUs"),
         ({"mem_cap": 4.0}, CPU, "--mem-cap bounds a GPU's memory"),
         ({"init": "pretrained"}, CPU, "tiny has no pretrained weights"),

@@ -16,10 +16,13 @@ from albireo.training.memory_needs import (
     advice,
     check_states_fit,
     explain_out_of_memory,
+    explain_out_of_memory_at_start,
     is_out_of_memory,
 )
+from albireo.training.state_bytes import Memory
 
 GB = 2**30
+OFFLOADED = {"plugin": "low_level_zero", "cpu_offload": True, "precision": "bf16"}
 
 
 def config_of(**options: object) -> RunConfig:
@@ -27,11 +30,17 @@ def config_of(**options: object) -> RunConfig:
 
 
 def use_of(
-    *, weights: int = 1, gradients: int = 1, states: int = 2, logits: int = 1, activations: int = 0
+    *,
+    weights: int = 1,
+    gradients: int = 1,
+    states: int = 2,
+    logits: int = 1,
+    activations: int = 0,
+    is_host: bool = False,
 ) -> MemoryUse:
     """Sizes in GB."""
     parts = [weights * GB, gradients * GB, states * GB, logits * GB]
-    return MemoryUse(*parts, peak=sum(parts) + activations * GB)
+    return MemoryUse(*parts, peak=sum(parts) + activations * GB, is_host=is_host)
 
 
 def test_what_nobody_claims_are_activations() -> None:
@@ -59,9 +68,54 @@ def test_a_byte_too_few_is_refused_with_all_numbers() -> None:
     assert raised.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "memory", "available_gb", "said"),
+    [
+        # On a device, the first of what shards or offloads that fits is named, with what it takes.
+        (
+            {},
+            "device",
+            15,
+            ("--plugin torch_ddp needs 16.0 GB", "--plugin low_level_zero --cpu-offload takes 4.0 GB there"),
+        ),
+        ({}, "device", 3, ("needs 16.0 GB", "GB: take a smaller --model")),
+        ({"gpus": 2}, "device", 10, ("(16 bytes for", "--plugin low_level_zero takes 10.0 GB there")),
+        ({"gpus": 2}, "device", 9, ("(16 bytes for", "--plugin torch_fsdp takes 8.0 GB there")),
+        ({"gpus": 8}, "device", 5, ("(16 bytes for", "--plugin torch_fsdp takes 4.0 GB there")),
+        (OFFLOADED, "device", 3, ("low_level_zero --cpu-offload needs 4.0 GB", "GB: take a smaller --model")),
+        (OFFLOADED, "host", 15, ("low_level_zero --cpu-offload needs 16.0 GB", "GB: take a smaller --model")),
+        (
+            {**OFFLOADED, "gpus": 8},
+            "host",
+            2,
+            ("needs 2.2 GB", "(2.25 bytes for", "--plugin torch_fsdp --cpu-offload takes 2.0 GB there"),
+        ),
+        # On a CPU, offloading moves nothing.
+        ({}, "one", 15, ("GB: take a smaller --model",)),
+        ({"gpus": 2}, "one", 10, ("--plugin low_level_zero takes 10.0 GB there",)),
+        (OFFLOADED, "one", 17, ("needs 18.0 GB", "--plugin low_level_zero takes 16.0 GB there")),
+    ],
+)
+def test_a_refusal_names_what_would_fit(
+    options: dict[str, object], memory: Memory, available_gb: int, said: tuple[str, ...]
+) -> None:
+    config = config_of(**{"precision": "fp32", **options})
+    with pytest.raises(OutOfMemoryError) as raised:
+        check_states_fit(GB, available_bytes=available_gb * GB, where="there is", config=config, memory=memory)
+    for words in said:
+        assert words in str(raised.value)
+
+
+def test_memory_that_runs_out_at_the_start_is_counted_for_the_plugin() -> None:
+    error = explain_out_of_memory_at_start(GB, config_of(**OFFLOADED), where="NVIDIA H200", memory="host")
+    assert "low_level_zero --cpu-offload takes 16.0 GB" in str(error)
+
+
 def test_a_cap_that_is_too_low_can_be_raised() -> None:
     with pytest.raises(OutOfMemoryError, match="raise --mem-cap"):
-        check_states_fit(GB, available_bytes=2 * GB, where="--mem-cap leaves", config=config_of(mem_cap=2.0))
+        check_states_fit(
+            GB, available_bytes=2 * GB, where="--mem-cap leaves", config=config_of(mem_cap=2.0), memory="device"
+        )
 
 
 @pytest.mark.parametrize(
@@ -85,12 +139,37 @@ def test_a_cap_that_is_too_low_can_be_raised() -> None:
             "--batch-size 3 --accumulate 3 takes less at a time",
         ),
         (use_of(activations=9), {"checkpointing": True, "batch_size": 1}, "a smaller --sequence-length takes less"),
-        (use_of(activations=3), {}, "--checkpointing and a smaller --batch-size take less"),
-        (use_of(activations=3), {"checkpointing": True}, "a smaller --batch-size, or a smaller --model, takes less"),
-        (use_of(activations=3), {"batch_size": 1}, "--checkpointing takes less"),
-        (use_of(), {"mem_cap": 4.0}, "raise --mem-cap, or take a smaller --model"),
-        (use_of(), {}, "take a smaller --model"),
-        (use_of(), {"batch_size": 1, "checkpointing": True}, "take a smaller --model"),
+        (use_of(activations=3, is_host=True), {}, "--checkpointing and a smaller --batch-size take less"),
+        (
+            use_of(activations=3, is_host=True),
+            {"checkpointing": True},
+            "a smaller --batch-size, or a smaller --model, takes less",
+        ),
+        (use_of(activations=3, is_host=True), {"batch_size": 1}, "--checkpointing takes less"),
+        (use_of(is_host=True), {}, "take a smaller --model"),
+        (use_of(is_host=True), {"batch_size": 1, "checkpointing": True}, "take a smaller --model"),
+        (
+            use_of(activations=3),
+            {},
+            "--plugin low_level_zero --cpu-offload keeps optimizer states in host memory, and --checkpointing takes less",
+        ),
+        (
+            use_of(),
+            {"checkpointing": True, "mem_cap": 4.0},
+            "--plugin low_level_zero --cpu-offload keeps optimizer states in host memory",
+        ),
+        (
+            use_of(),
+            {"checkpointing": True, "gpus": 2},
+            "--plugin low_level_zero shares optimizer states out over ranks",
+        ),
+        (
+            use_of(is_host=True),
+            {"checkpointing": True, "gpus": 2},
+            "--plugin low_level_zero shares optimizer states out over ranks",
+        ),
+        (use_of(activations=1), {"batch_size": 1, "mem_cap": 4.0, **OFFLOADED}, "--checkpointing takes less"),
+        (use_of(), {"checkpointing": True, "mem_cap": 4.0, **OFFLOADED}, "raise --mem-cap, or take a smaller --model"),
     ],
 )
 def test_the_advice_is_about_what_took_most(use: MemoryUse, options: dict[str, object], said: str) -> None:
@@ -115,14 +194,18 @@ def test_a_smaller_batch_that_is_advised_leaves_the_global_batch_as_it_is(batch:
     checkpointing=st.booleans(),
     batch=st.integers(1, 9),
     mem_cap=st.sampled_from([0.0, 6.0]),
+    plugin=st.sampled_from([{}, {"plugin": "low_level_zero"}, {"plugin": "torch_fsdp", "gpus": 4}, OFFLOADED]),
+    is_host=st.booleans(),
 )
 def test_there_is_always_an_advice_that_is_not_yet_followed(
-    sizes: list[int], checkpointing: bool, batch: int, mem_cap: float
+    sizes: list[int], checkpointing: bool, batch: int, mem_cap: float, plugin: dict[str, object], is_host: bool
 ) -> None:
     names = ("weights", "gradients", "states", "logits", "activations")
-    config = config_of(checkpointing=checkpointing, batch_size=batch, mem_cap=mem_cap)
-    said = advice(use_of(**dict(zip(names, sizes, strict=True))), config)
+    config = config_of(checkpointing=checkpointing, batch_size=batch, mem_cap=mem_cap, **plugin)
+    said = advice(use_of(**dict(zip(names, sizes, strict=True)), is_host=is_host), config)
     assert said.count("--") >= 1
+    assert not (is_host and "--cpu-offload" in said)
+    assert not (plugin == OFFLOADED and "--cpu-offload" in said)
     assert not (checkpointing and "--checkpointing" in said)
     assert not (batch == 1 and "--batch-size" in said)
     assert not (mem_cap == 0 and "--mem-cap" in said)

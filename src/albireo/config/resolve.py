@@ -62,7 +62,8 @@ def _check_plugin(config: RunConfig) -> None:
     chosen = config.plugin
     if chosen.plugin == "torch_ddp_fp16" and chosen.precision not in (None, "fp16"):
         raise ConfigError(
-            f"--plugin torch_ddp_fp16 computes in fp16, not in {chosen.precision}: take --plugin torch_ddp with --precision"
+            f"--plugin torch_ddp_fp16 computes in fp16, not in {chosen.precision}: take --precision fp16, or --plugin "
+            f"torch_ddp --precision {chosen.precision}"
         )
     if chosen.zero_stage is not None and chosen.plugin != "low_level_zero":
         raise ConfigError(
@@ -70,7 +71,8 @@ def _check_plugin(config: RunConfig) -> None:
         )
     if chosen.cpu_offload and chosen.plugin not in ("low_level_zero", "torch_fsdp"):
         raise ConfigError(
-            f"--cpu-offload is for --plugin low_level_zero or torch_fsdp; --plugin {chosen.plugin} keeps all on the device"
+            f"--cpu-offload is for --plugin low_level_zero or torch_fsdp, and --plugin {chosen.plugin} keeps all on the "
+            "device: leave it out, or give --no-cpu-offload if a file or an older run has it"
         )
 
 

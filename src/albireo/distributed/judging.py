@@ -16,7 +16,7 @@ __all__ = ["Seen", "Verdict", "judge"]
 
 # Shares of the patience. A launcher that sees a rank die has a better message; it gets the time to say it.
 _UNTIL_WAITING = 0.4
-_UNTIL_STOPPED = 0.7
+_UNTIL_STOPPED = 0.6
 # A rank of another machine that is not heard of may be held up by its interpreter's lock.
 _UNTIL_SILENT = 4.0
 _UNTIL_DIFFERENT = 2.0
@@ -132,9 +132,5 @@ def _one_of_each(signs: Mapping[int, VitalSign]) -> Iterator[int]:
 
 
 def _where(sign: VitalSign) -> str:
-    name = (
-        f"{sign.collective} (collective {max(sign.counts, default=0)})"
-        if sign.collective
-        else "a reduction or its device"
-    )
-    return f"in {name}, in {sign.place}"
+    unseen = "the reduction of gradients" if sign.activity == "backward" else "what its device does"
+    return f"in {sign.collective or unseen} (collective {max(sign.counts, default=0)}), in {sign.place}"

@@ -27,6 +27,7 @@ __all__ = ["Moment", "VitalSign", "look", "own_sign", "process_start", "process_
 
 _C10D = "torch/distributed/distributed_c10d.py"
 _HERE = str(Path(__file__).resolve().parent.parent)
+_STDLIB = str(Path(os.__file__).resolve().parent)
 _TORCH = str(Path(torch.__file__).resolve().parent)
 _SEND = frozenset({"send", "recv", "isend", "irecv", "batch_isend_irecv"})
 _COLLECTIVES = _SEND | frozenset(
@@ -277,10 +278,17 @@ def _activity(frames: list[FrameType]) -> tuple[str, bool]:
             activity = next((said for f, n, said in _ACTIVITIES if (f, n) == (file, name)), activity)
     if activity:
         return activity, in_step
-    for frame in frames:
-        if not frame.f_code.co_filename.startswith((_TORCH, _HERE, "<")):
-            return f"{frame.f_code.co_qualname} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})", in_step
-    return "", in_step
+    theirs = [frame for frame in frames if not _is_library(frame.f_code.co_filename)]
+    # The user's own code says more than this package's, and that more than none.
+    named = [frame for frame in theirs if not frame.f_code.co_filename.startswith(_HERE)] or theirs
+    if not named:
+        return "", in_step
+    code, line = named[0].f_code, named[0].f_lineno
+    return f"{code.co_qualname} ({Path(code.co_filename).name}:{line})", in_step
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith((_TORCH, "<")) or (file.startswith(_STDLIB) and "site-packages" not in file)
 
 
 def _is_forward(code: CodeType) -> bool:

@@ -175,15 +175,18 @@ class Watchdog:
             return  # rank 0, or the launcher beside it, has taken the store along when it was through
         if self._unreachable_since is None:
             self._unreachable_since = now
-        elif now - self._unreachable_since >= self._patience and sign.waits_seconds >= self._patience:
-            text = f"{error}; rank {self._rank} waits in {sign.collective or 'a reduction'}, in {sign.place}"
-            self._end(text, speaks=True)
+        elif sign.collective and min(now - self._unreachable_since, sign.waits_seconds) >= self._patience:
+            self._end(f"{error}; rank {self._rank} waits in {sign.collective}, in {sign.place}", speaks=True)
+            self._stop.set()
 
     def _finish(self, verdict: Verdict, sign: VitalSign) -> None:
-        with suppress(OSError):
-            self._board.post(replace(sign, verdict=verdict.text, culprit=verdict.culprit).encode())
+        if not any(other.verdict for other, _ in self._others.values()):
+            with suppress(OSError):
+                self._board.post(replace(sign, verdict=verdict.text, culprit=verdict.culprit).encode())
+            # The others read it before this rank's end breaks their connections, which would be the wrong thing to say.
+            self._stop.wait(2 * self._interval)
         # The lowest rank that can; the one that is waited for may be unable to.
-        able = [rank for rank, seen in self._seen(sign, time.monotonic()).items() if seen.state == "R"]
+        able = [rank for rank, seen in self._seen(sign, time.monotonic()).items() if seen.state not in ("", "Z", "T")]
         speaks = self._rank == min((rank for rank in able if rank != verdict.culprit), default=self._rank)
         culprit = self._others.get(verdict.culprit)
         if self._kills_stopped and culprit is not None and _state_of(culprit[0], sign.host) == "T":
@@ -201,6 +204,7 @@ class _Own:
         self._stuck_seconds = stuck_seconds
         self._longest = 0.0
         self._steps_seen = 0
+        self._counts_in_step: tuple[int, ...] = ()
         self._beat = 0
         self.forget()
 
@@ -228,7 +232,8 @@ class _Own:
             if last is not None and self._was_stepping:
                 self._longest = max(self._longest, now - self._stuck_since)
             self._stuck_since = now
-        if last is not None and moment.in_step and last.in_step and not stood:
+        if moment.in_step and moment.counts != self._counts_in_step:
+            self._counts_in_step = moment.counts
             self._steps_seen += 1
         self._was_stepping = steps
         self._last = moment

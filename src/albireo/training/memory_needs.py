@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import math
+from collections.abc import Iterator
 
 from albireo.config import RunConfig
 from albireo.errors import OutOfMemoryError
+from albireo.training.memory_use import MemoryUse
+from albireo.training.state_bytes import Memory, needs_of
 
 __all__ = [
     "MemoryUse",
@@ -16,55 +20,32 @@ __all__ = [
     "is_out_of_memory",
 ]
 
-# torch_ddp: an fp32 weight, an fp32 gradient and Adam's two fp32 moments.
-_BYTES_PER_PARAMETER = 16
-
 _WORDS_OF_FAILED_ALLOCATIONS = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
 
 
-@dataclass(frozen=True)
-class MemoryUse:
-    """Who holds a device's memory, in bytes.
-
-    Attributes:
-        weights: parameters and buffers.
-        gradients: their gradients.
-        states: the optimizer's.
-        logits: the piece of logits and its gradient that the loss holds at a time.
-        peak: the most that was allocated.
-    """
-
-    weights: int
-    gradients: int
-    states: int
-    logits: int
-    peak: int
-
-    @property
-    def activations(self) -> int:
-        """What is left of the peak: activations, and what is in between."""
-        return max(0, self.peak - self.weights - self.gradients - self.states - self.logits)
-
-
-def check_states_fit(parameters: int, *, available_bytes: int | None, where: str, config: RunConfig) -> None:
+def check_states_fit(
+    parameters: int, *, available_bytes: int | None, where: str, config: RunConfig, memory: Memory = "one"
+) -> None:
     """Refuse a run whose weights, gradients and optimizer states alone cannot fit.
 
     Args:
         parameters: how many the model has.
-        available_bytes: the memory that there is, or None if nobody knows.
+        available_bytes: the memory that there is for one rank, or None if nobody knows.
         where: whose memory it is, for the message.
         config: the run.
+        memory: which one it is: a device's, the host's beside it, or one that is both.
 
     Raises:
         OutOfMemoryError: they cannot.
     """
-    needed = parameters * _BYTES_PER_PARAMETER
+    each = needs_of(config).bytes_per_parameter(memory)
+    needed = math.ceil(parameters * each)
     if available_bytes is None or needed <= available_bytes:
         return
     raise OutOfMemoryError(
-        f"--model {config.model.model} with --plugin {config.plugin.plugin} needs {_gb(needed)} for weights, gradients "
-        f"and optimizer states ({_BYTES_PER_PARAMETER} bytes for each of {parameters:,} parameters), and {where} "
-        f"{_gb(available_bytes)}: {_smaller(config)}"
+        f"--model {config.model.model} with {_flags_of(config)} needs {_gb(needed)} for weights, gradients "
+        f"and optimizer states ({round(each, 2):g} bytes for each of {parameters:,} parameters), and {where} "
+        f"{_gb(available_bytes)}: {_what_fits(parameters, available_bytes, config, memory)}"
     )
 
 
@@ -97,18 +78,22 @@ def explain_out_of_memory(use: MemoryUse, config: RunConfig, *, where: str) -> O
     return OutOfMemoryError(f"out of memory on {where}: {listed}; {advice(use, config)}")
 
 
-def explain_out_of_memory_at_start(parameters: int, config: RunConfig, *, where: str) -> OutOfMemoryError:
+def explain_out_of_memory_at_start(
+    parameters: int, config: RunConfig, *, where: str, memory: Memory = "one"
+) -> OutOfMemoryError:
     """Return the error for memory that ran out before there was a model to measure.
 
     Args:
         parameters: how many the model has.
         config: the run.
         where: what ran out, for the message.
+        memory: which one it is.
     """
+    needed = math.ceil(parameters * needs_of(config).bytes_per_parameter(memory))
     return OutOfMemoryError(
-        f"out of memory on {where} before the first step: --model {config.model.model} takes "
-        f"{_gb(parameters * _BYTES_PER_PARAMETER)} for weights, gradients and optimizer states in all; end what else "
-        f"runs there, or {_smaller(config)}"
+        f"out of memory on {where} before the first step: --model {config.model.model} with {_flags_of(config)} takes "
+        f"{_gb(needed)} for weights, gradients and optimizer states in all; end what else runs there, or "
+        f"{_smaller(config)}"
     )
 
 
@@ -131,11 +116,44 @@ def advice(use: MemoryUse, config: RunConfig) -> str:
                 f"--batch-size {part} --accumulate {config.optimizer.accumulate * batch // part} takes less at a time"
             )
         return "a smaller --sequence-length takes less"
+    elsewhere = next(_with_less(config, "one" if use.is_host else "device"), None)
+    if elsewhere is not None:
+        does = "keeps" if elsewhere.plugin.cpu_offload else "shares"
+        place = "in host memory" if elsewhere.plugin.cpu_offload else "out over ranks"
+        more = "" if recomputed else ", and --checkpointing takes less"
+        return f"{_flags_of(elsewhere)} {does} optimizer states {place}{more}"
     if use.activations > 0 and not recomputed:
         return "--checkpointing and a smaller --batch-size take less" if batch > 1 else "--checkpointing takes less"
     if use.activations > 0 and batch > 1 and config.plugin.mem_cap == 0:
         return "a smaller --batch-size, or a smaller --model, takes less"
     return _smaller(config)
+
+
+def _what_fits(parameters: int, available_bytes: int, config: RunConfig, memory: Memory) -> str:
+    """Return the flags with which the same model fits, else what is left to do."""
+    for other in _with_less(config, memory):
+        needed = math.ceil(parameters * needs_of(other).bytes_per_parameter(memory))
+        if needed <= available_bytes:
+            return f"{_flags_of(other)} takes {_gb(needed)} there"
+    return _smaller(config)
+
+
+def _with_less(config: RunConfig, memory: Memory) -> Iterator[RunConfig]:
+    """Yield the same run under other plugins that take less of a memory, those that change least first."""
+    taken = needs_of(config).bytes_per_parameter(memory)
+    # What was offloaded is not to go back to the device, and on a CPU there is nowhere to offload to.
+    for offload in {"device": (False, True), "host": (True,), "one": (False,)}[memory]:
+        for plugin in ("low_level_zero", "torch_fsdp"):
+            stage = 2 if plugin == "low_level_zero" else None
+            chosen = dataclasses.replace(config.plugin, plugin=plugin, zero_stage=stage, cpu_offload=offload)
+            other = dataclasses.replace(config, plugin=chosen)
+            if needs_of(other).bytes_per_parameter(memory) < taken:
+                yield other
+
+
+def _flags_of(config: RunConfig) -> str:
+    """Return the flags that choose how a run trains."""
+    return f"--plugin {config.plugin.plugin}" + (" --cpu-offload" if config.plugin.cpu_offload else "")
 
 
 def _smaller(config: RunConfig) -> str:
