@@ -10,7 +10,7 @@ from albireo.optim.loss_scale import LossScale, LossScalePolicy
 from albireo.optim.norm import clip_by_norm, global_norm, sum_of_squares
 from albireo.optim.schedule import learning_rate_factor, scheduler_for, set_scheduler_step, warmup_steps_of
 from albireo.optim.state import named_state, restore_named_state
-from albireo.optim.wrapper import OptimizerWrapper, ScaledOptimizer, steps_by_flag
+from albireo.optim.wrapper import OptimizerWrapper, ScaledOptimizer
 
 __all__ = [
     "HostAdamRate",
@@ -35,7 +35,6 @@ __all__ = [
     "scheduler_for",
     "set_scheduler_step",
     "stepper_threads",
-    "steps_by_flag",
     "sum_of_squares",
     "warmup_steps_of",
 ]

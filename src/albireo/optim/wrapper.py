@@ -10,21 +10,9 @@ import torch
 
 from albireo.errors import ConfigError
 from albireo.optim.norm import clip_by_norm, global_norm
+from albireo.optim.overflow import leaves_out_by_flag
 
-__all__ = ["OptimizerWrapper", "ScaledOptimizer", "steps_by_flag"]
-
-
-def steps_by_flag(optimizer: torch.optim.Optimizer) -> bool:
-    """Return True if an optimizer's kernels leave a step out where a flag on the device says so, and leave no trace.
-
-    Others must be asked on the host: some do not look at the flag, and fused SGD would keep a momentum that was never
-    filled.
-
-    Args:
-        optimizer: any torch optimizer.
-    """
-    known = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
-    return known and all(group.get("fused") is True for group in optimizer.param_groups)
+__all__ = ["OptimizerWrapper", "ScaledOptimizer"]
 
 
 class OptimizerWrapper:
@@ -258,7 +246,7 @@ class ScaledOptimizer(OptimizerWrapper):
     def _asked_on_the_host_if_need_be(self) -> Iterator[None]:
         """Have the scaler look at the flag itself where the optimizer's kernels would not, or would leave a trace."""
         stepped = [p for group in self.optim.param_groups for p in group["params"] if p.grad is not None]
-        if steps_by_flag(self.optim) and all(parameter in self.optim.state for parameter in stepped):
+        if leaves_out_by_flag(self.optim, stepped):
             yield
             return
         attributes = vars(self.optim)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +12,8 @@ from torch import nn
 from albireo.distributed import World
 from albireo.distributed.collectives import Transfer, sum_in_rank_order
 from albireo.errors import ConfigError
-from albireo.optim import HybridAdam, LossScale, OptimizerWrapper, steps_by_flag
+from albireo.optim import HybridAdam, LossScale, OptimizerWrapper
+from albireo.optim.overflow import flagged, leaves_out_by_flag
 from albireo.sharding.bucket import Bucket, Fragment
 from albireo.sharding.gradients import Gradients
 from albireo.sharding.offload import GradientOffload, OffloadedStep
@@ -215,10 +215,13 @@ class ShardedOptimizer(OptimizerWrapper):
         if self._loss_scale is not None:
             # Exactly 1 or 0: a fused kernel takes any other number for no overflow.
             overflow = (~torch.isfinite(self._norm())).float()
-        by_flag = overflow is not None and self._host_step is None and self._steps_by_flag()
-        if overflow is None or by_flag or not bool(overflow):
-            with self._flag(overflow if by_flag else None):
+        if overflow is None:
+            self._step_all()
+        elif self._host_step is None and leaves_out_by_flag(self.optim, (f.master for f, _ in self._gradients.kept())):
+            with flagged(self.optim, overflow):
                 self._step_all()
+        elif not bool(overflow):
+            self._step_all()
         if self._loss_scale is not None and overflow is not None:
             self._loss_scale.update(overflow)
         self._scaled = False
@@ -267,28 +270,6 @@ class ShardedOptimizer(OptimizerWrapper):
             factor = unscale if factor is None else factor * unscale
         if factor is not None:
             self._gradients.scale(factor)
-
-    def _steps_by_flag(self) -> bool:
-        """Return True if the optimizer's kernels themselves leave a step out where a flag on the device says so.
-
-        Without states they would be made for a step that is left out, and some are made without being filled.
-        """
-        return steps_by_flag(self.optim) and all(
-            fragment.master in self.optim.state for fragment, _ in self._gradients.kept()
-        )
-
-    @contextmanager
-    def _flag(self, overflow: torch.Tensor | None) -> Iterator[None]:
-        """Show the flag to fused kernels, by the attributes that torch's own loss scaler sets."""
-        if overflow is None:
-            yield
-            return
-        attributes: dict[str, Any] = vars(self.optim)
-        attributes.update(grad_scale=None, found_inf=overflow)
-        try:
-            yield
-        finally:
-            del attributes["grad_scale"], attributes["found_inf"]
 
     def _step_all(self) -> None:
         """Step the buckets that forward needs first, first."""
