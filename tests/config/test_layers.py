@@ -29,6 +29,15 @@ def test_steps_and_epochs_replace_each_other(steps: int, epochs: float) -> None:
     assert (config.schedule.steps, config.schedule.epochs) == (None, epochs)
 
 
+def test_another_plugin_begins_without_the_stage_of_the_one_before() -> None:
+    begun = merge(RunConfig(), {"plugin": "low_level_zero", "zero_stage": 1})
+    assert merge(begun, {"plugin": "torch_fsdp"}).plugin.zero_stage is None
+    assert merge(begun, {"plugin": "low_level_zero"}).plugin.zero_stage == 1
+    assert merge(begun, {"batch_size": 2}).plugin.zero_stage == 1
+    # What is said together is kept, to be refused.
+    assert merge(begun, {"plugin": "torch_fsdp", "zero_stage": 2}).plugin.zero_stage == 2
+
+
 def test_a_file_that_holds_both_keeps_both() -> None:
     config = config_from_mapping({"schedule": {"steps": 10, "epochs": 0.5}}, where="test")
     assert (config.schedule.steps, config.schedule.epochs) == (10, 0.5)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,14 @@ def weights(folder: Path) -> dict[str, bytes]:
     return tensors
 
 
+def last_shared_state(folder: Path) -> dict[str, Any]:
+    """Position, schedule and loss scale of the last checkpoint."""
+    checkpoint, damaged = newest_whole(folder / "checkpoints")
+    assert checkpoint is not None
+    assert damaged == []
+    return dict(checkpoint.shared_state)
+
+
 def losses(folder: Path) -> tuple[list[tuple[int, float, float, float]], list[tuple[int, float]]]:
     train, evaluations = read_metrics(folder / "metrics.jsonl")
     return (
@@ -74,6 +83,7 @@ def assert_same_run(folder: Path, undisturbed: Path) -> None:
     ours, theirs = weights(folder), weights(undisturbed)
     assert ours.keys() == theirs.keys()
     assert [name for name in theirs if ours[name] != theirs[name]] == []
+    assert last_shared_state(folder) == last_shared_state(undisturbed)
     assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
     left = [path for path in folder.rglob("*") if ".tmp" in path.name or "trash" in path.name or ".new" in path.name]
     assert left == []

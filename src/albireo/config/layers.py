@@ -69,7 +69,8 @@ def merge(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         values: option name to value.
 
     Returns:
-        The new configuration. Steps given alone take the place of epochs, and the other way round.
+        The new configuration. Steps given alone take the place of epochs, and the other way round; with another plugin,
+        the stage of the one before is gone.
 
     Raises:
         ConfigError: an unknown name or a wrong value.
@@ -84,6 +85,9 @@ def merge(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         rival = _RIVALS.get(name)
         if rival is not None and rival not in values and value is not None:
             changes[info.section][rival] = None
+    # The stage of one plugin says nothing of another, and no flag takes it back.
+    if values.get("plugin", config.plugin.plugin) != config.plugin.plugin:
+        changes["plugin"].setdefault("zero_stage", None)
     sections = {name: dataclasses.replace(getattr(config, name), **part) for name, part in changes.items()}
     return dataclasses.replace(config, **sections)
 

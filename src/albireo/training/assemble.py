@@ -32,6 +32,7 @@ from albireo.training.recorder import Recorder
 from albireo.training.run_folder import RunFolder
 from albireo.training.saving import Position, RunState, tensor_names
 from albireo.training.session import Session
+from albireo.training.state_bytes import Memory
 from albireo.training.stop import StopRequest
 from albireo.training.text import RunData, check_run_data, load_run_data
 
@@ -92,7 +93,8 @@ def open_session(
             if not is_out_of_memory(error):
                 raise
             where = describe_device(world.device)
-            raise explain_out_of_memory_at_start(planned.parameters, config, where=where) from error
+            memory: Memory = "device" if world.device.type == "cuda" else "one"
+            raise explain_out_of_memory_at_start(planned.parameters, config, where=where, memory=memory) from error
         if position.step > steps:
             raise ConfigError(
                 f"the run in {folder.path} has done {position.step} steps and cannot end at {steps}: give more --steps "
@@ -147,15 +149,17 @@ def _check_nothing_is_open(config: RunConfig) -> None:
 
 def _check_memory(config: RunConfig, planned: LanguageModelPlan, world: World) -> None:
     """Refuse at once what cannot fit: weights, gradients and states alone are more than there is."""
-    if world.device.type == "cuda":
-        cap = int(config.plugin.mem_cap * 2**30)
-        total = device_total_bytes(world.device)
-        available, where = (cap, "--mem-cap leaves") if cap else (total, f"the {describe_device(world.device)} has")
-    else:
-        host = read_host_memory()
-        available = host.total_bytes // world.world_size if host is not None else None
-        where = "each rank's share of this machine's memory is" if world.world_size > 1 else "this machine has"
-    check_states_fit(planned.parameters, available_bytes=available, where=where, config=config)
+    host = read_host_memory()
+    share = host.total_bytes // world.local_world_size if host is not None else None
+    whose = "each rank's share of this machine's memory is" if world.local_world_size > 1 else "this machine has"
+    if world.device.type != "cuda":
+        check_states_fit(planned.parameters, available_bytes=share, where=whose, config=config)
+        return
+    cap = int(config.plugin.mem_cap * 2**30)
+    total = device_total_bytes(world.device)
+    available, where = (cap, "--mem-cap leaves") if cap else (total, f"the {describe_device(world.device)} has")
+    check_states_fit(planned.parameters, available_bytes=available, where=where, config=config, memory="device")
+    check_states_fit(planned.parameters, available_bytes=share, where=whose, config=config, memory="host")
 
 
 def _with_lengths(config: RunConfig, dataset_size: int, samples_per_step: int) -> tuple[RunConfig, int]:

@@ -24,7 +24,8 @@ from albireo.optim import OptimizerWrapper
 from albireo.plugins import ModelWrapper
 from albireo.plugins.whole_tensors import WholeTensors, with_whole_tensors
 from albireo.training.evaluation import evaluate
-from albireo.training.memory_needs import MemoryUse, explain_out_of_memory, is_out_of_memory
+from albireo.training.memory_needs import explain_out_of_memory, is_out_of_memory
+from albireo.training.memory_use import MemoryUse, measure_memory_use
 from albireo.training.metrics import read_metrics
 from albireo.training.plot import draw_loss
 from albireo.training.progress import Progress
@@ -212,18 +213,16 @@ class Session:
             ) from error
 
     def _memory_use(self) -> MemoryUse:
-        parameters = list(self.model.unwrap().parameters())
-        weights = sum(p.numel() * p.element_size() for p in parameters)
-        trainable = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-        states = sum(
-            value.numel() * value.element_size()
-            for state in self.optimizer.unwrap().state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        )
         reading = PeakMemory(self.world.device).read()
-        peak = reading.device_peak_bytes or reading.host_peak_bytes
-        return MemoryUse(weights, trainable, states, self.logits_bytes, peak)
+        return measure_memory_use(
+            self.model.unwrap().parameters(),
+            self.optimizer.unwrap(),
+            self.config,
+            parameters=self.parameters,
+            device=self.world.device,
+            logits_bytes=self.logits_bytes,
+            peak_bytes=reading.device_peak_bytes or reading.host_peak_bytes,
+        )
 
     def _export(self) -> None:
         from albireo.training.causal_lm import CausalLanguageModel
