@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ragged_steps import batches_of, groups, optimizer_of, tokens_of, train
 from torch import nn
 
 from albireo.booster import Booster
@@ -20,22 +21,9 @@ from albireo.plugins import LowLevelZeroPlugin, ModelWrapper, Plugin, TorchDDPPl
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
-POOLS = {2: "two_ranks", 4: "four_ranks"}
 STEPS = 4
 
 Run = Callable[..., list[Any]]
-
-
-@pytest.fixture
-def run_case(request: pytest.FixtureRequest) -> Run:
-    """Run a case on so many ranks: on one in this process, on more in a pool."""
-
-    def run(case: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:
-        if world_size == 1:
-            return [case(ALONE, **arguments)]
-        return request.getfixturevalue(POOLS[world_size]).run(case, **arguments)
-
-    return run
 
 
 class Awkward(nn.Module):
@@ -75,38 +63,6 @@ def awkward(*, tied: bool = True) -> Awkward:
         return Awkward(tied=tied)
 
 
-def groups(model: nn.Module) -> list[dict[str, Any]]:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0, "lr": 5e-3},
-    ]
-
-
-def optimizer_of(model: nn.Module, kind: str = "HybridAdam") -> torch.optim.Optimizer:
-    if kind == "HybridAdam":
-        return HybridAdam(groups(model), lr=1e-2)
-    if kind == "SGD":
-        return torch.optim.SGD(groups(model), lr=1e-2, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups(model), lr=1e-2, foreach=True, amsgrad=True)
-
-
-def batches_of(step: int, rank: int, accumulate: int) -> list[dict[str, Any]]:
-    """Ragged counts; the branch is taken on odd steps, and there on rank 0 alone."""
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    batches = []
-    for number in range(accumulate):
-        ids = torch.randint(0, 37, (2, 6), generator=generator)
-        labels = ids.clone()
-        labels[0, : (step + rank + number) % 5] = -100
-        batches.append({"ids": ids, "labels": labels, "branch": step % 2 == 1 and rank == 0})
-    return batches
-
-
-def tokens_of(batches: list[dict[str, Any]]) -> list[int]:
-    return [int((batch["labels"] >= 0).sum()) for batch in batches]
-
-
 def boosted(
     world: World, plugin: Plugin, *, tied: bool = True, kind: str = "HybridAdam"
 ) -> tuple[Booster, ModelWrapper, OptimizerWrapper]:
@@ -114,18 +70,6 @@ def boosted(
     booster = Booster(plugin=plugin, world=World(world.rank, world.world_size, 0, CPU))
     wrapped, optimizer, *_ = booster.boost(model, optimizer_of(model, kind))
     return booster, wrapped, optimizer
-
-
-def train(
-    booster: Booster, model: ModelWrapper, optimizer: OptimizerWrapper, steps: range, accumulate: int, clip: float
-) -> list[list[float]]:
-    numbers = []
-    for step in steps:
-        batches = batches_of(step, booster.world.rank, accumulate)
-        output = booster.train_step(model, optimizer, batches, tokens_of(batches), max_norm=clip)
-        total = booster.world.sum_in_place(torch.tensor([float(output.loss_sum), float(output.tokens)]))
-        numbers.append([float(total[0] / total[1]), float(output.grad_norm)])
-    return numbers
 
 
 def case(
@@ -698,8 +642,12 @@ def test_steps_in_parts_are_one_step_of_the_whole(monkeypatch: pytest.MonkeyPatc
     whole = boosted(ALONE, LowLevelZeroPlugin(precision="bf16"))
     train(*whole, range(STEPS), 1, 0.5)
     monkeypatch.setattr("albireo.sharding.optimizer._STEP_ELEMENTS", 100)
+    calls: list[int] = []
+    step = HybridAdam.step
+    monkeypatch.setattr(HybridAdam, "step", lambda *args: (calls.append(1), step(*args))[1])
     parts = boosted(ALONE, LowLevelZeroPlugin(precision="bf16", reduce_bucket_size_in_m=0.0001))
     train(*parts, range(STEPS), 1, 0.5)
+    assert len(calls) > 2 * STEPS
     for mine, theirs in zip(parts[1].unwrap().parameters(), whole[1].unwrap().parameters(), strict=True):
         assert torch.equal(mine, theirs)
 

@@ -18,22 +18,9 @@ from albireo.verify import Verifier
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)
-POOLS = {2: "two_ranks", 4: "four_ranks"}
 VOCABULARY, WIDTH = 37, 24
 
 Run = Callable[..., list[Any]]
-
-
-@pytest.fixture
-def run_case(request: pytest.FixtureRequest) -> Run:
-    """Run a case on so many ranks: on one in this process, on more in a pool."""
-
-    def run(case: Callable[..., Any], world_size: int, **arguments: Any) -> list[Any]:
-        if world_size == 1:
-            return [case(ALONE, **arguments)]
-        return request.getfixturevalue(POOLS[world_size]).run(case, **arguments)
-
-    return run
 
 
 class Language(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -18,7 +19,11 @@ from albireo.distributed import World, current_world
 from albireo.errors import ConfigError
 from albireo.optim import OptimizerWrapper
 
-__all__ = ["Criterion", "ModelWrapper", "Plugin"]
+__all__ = ["PRECISIONS", "Criterion", "ModelWrapper", "Plugin"]
+
+PRECISIONS: Mapping[str, torch.dtype] = MappingProxyType(
+    {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+)
 
 Criterion = Callable[..., torch.Tensor]
 
@@ -84,6 +89,8 @@ class Plugin(ABC):
 
     name: str
     precision: str
+    # One that says nothing of it has one precision, and no other.
+    _precision_given: bool = True
     compute_form: ClassVar[Literal["autocast", "copy"]] = "copy"
     harmless_warnings: ClassVar[tuple[str, ...]] = ()
     needs_process_group: ClassVar[bool] = False
@@ -122,6 +129,19 @@ class Plugin(ABC):
         """
         return criterion
 
+    def take_precision(self, given: str | None, *, default: str) -> None:
+        """Begin with a precision; the facade may choose another if none was given.
+
+        Args:
+            given: "fp32", "fp16" or "bf16"; None: it is left to the facade.
+            default: what it is as long as nobody has chosen.
+
+        Raises:
+            ConfigError: there is no such precision.
+        """
+        self._precision_given = given is not None
+        self.precision = _check_precision(default if given is None else given)
+
     def choose_precision(self, precision: str) -> None:
         """Take over a precision that the facade was given.
 
@@ -129,13 +149,15 @@ class Plugin(ABC):
             precision: "fp32", "fp16" or "bf16".
 
         Raises:
-            ConfigError: the plugin has another one.
+            ConfigError: there is no such precision, or the plugin was given another one.
         """
-        if precision != self.precision:
+        _check_precision(precision)
+        if self._precision_given and precision != self.precision:
             raise ConfigError(
                 f"mixed_precision={precision!r} does not go together with {type(self).__name__}'s precision "
                 f"{self.precision!r}: give one of them"
             )
+        self.precision, self._precision_given = precision, True
 
     def prepare_dataloader(
         self,
@@ -282,3 +304,9 @@ class Plugin(ABC):
 
 def _parameters(names: Mapping[torch.Tensor, str]) -> dict[nn.Parameter, str]:
     return {tensor: name for tensor, name in names.items() if isinstance(tensor, nn.Parameter)}
+
+
+def _check_precision(precision: str) -> str:
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is one of {', '.join(PRECISIONS)}, not {precision!r}")
+    return precision

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
 from albireo.distributed import World
 from albireo.distributed.collectives import sum_in_rank_order
 from albireo.errors import ConfigError
-from albireo.optim import LossScale, OptimizerWrapper, clip_by_norm, global_norm
+from albireo.optim import LossScale, clip_by_norm, global_norm
 from albireo.optim.overflow import step_unless
 from albireo.plugins.fully_sharded import FullyShardedModule, local_part
-from albireo.sharding import Fragment, ShardedOptimizer
+from albireo.sharding import Fragment, PartOptimizer
 
 __all__ = ["FullyShardedOptimizer"]
 
 
-class FullyShardedOptimizer(OptimizerWrapper):
+class FullyShardedOptimizer(PartOptimizer):
     """Wraps an element-wise torch optimizer; its groups come to hold this rank's rows, as plain 1-D tensors.
 
     Args:
@@ -41,19 +39,10 @@ class FullyShardedOptimizer(OptimizerWrapper):
         *,
         loss_scale: LossScale | None = None,
     ) -> None:
-        self.check(optimizer)
-        super().__init__(optimizer)
+        super().__init__(optimizer, world, loss_scale)
         self._model = model
-        self._world = world
-        self._loss_scale = loss_scale
-        self._unsettled = self._scaled = self._unscaled = self._stepping = False
-        self._model_groups = [tuple(group["params"]) for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            mine = [(place, model.fragments[p]) for place, p in enumerate(group["params"]) if p in model.fragments]
-            group["params"] = [fragment.master for _, fragment in mine]
-            if "param_names" in group:
-                group["param_names"] = [group["param_names"][place] for place, _ in mine]
-        optimizer.register_step_pre_hook(self._refuse_step_of_another)
+        self._unsettled = self._scaled = self._unscaled = False
+        self._take_parts(model.fragments)
 
     @staticmethod
     def check(optimizer: torch.optim.Optimizer) -> None:
@@ -62,17 +51,12 @@ class FullyShardedOptimizer(OptimizerWrapper):
         Raises:
             ConfigError: with what to do instead.
         """
-        ShardedOptimizer.check(optimizer)
+        PartOptimizer.check(optimizer)
         if optimizer.state:
             raise ConfigError(
                 f"this {type(optimizer).__name__} has states already, which torch's FSDP would lose: boost it first, then "
                 "booster.load_optimizer, or take LowLevelZeroPlugin"
             )
-
-    @property
-    def model_groups(self) -> list[tuple[nn.Parameter, ...]]:
-        """The model's parameters, by group."""
-        return self._model_groups
 
     @property
     def fragments(self) -> Iterator[Fragment]:
@@ -182,43 +166,6 @@ class FullyShardedOptimizer(OptimizerWrapper):
     def gradient_scale(self) -> torch.Tensor | None:
         """See the base class: until they are clipped, gradients are larger by the loss scale."""
         return None if self._loss_scale is None or self._unscaled or not self._scaled else self._loss_scale.value
-
-    def scaler_state(self) -> dict[str, float]:
-        """Return the loss scale and its counts; waits for the device."""
-        return {} if self._loss_scale is None else self._loss_scale.state()
-
-    def load_scaler_state(self, state: dict[str, float]) -> None:
-        """Put back what `scaler_state` returned."""
-        if self._loss_scale is not None and state:
-            self._loss_scale.load(state)
-
-    def state_dict(self) -> NoReturn:
-        """Refuse: this rank's part alone would be of no use.
-
-        Raises:
-            ConfigError: always; it says what to call.
-        """
-        raise ConfigError("a sharded optimizer is saved by booster.save_optimizer, which all ranks call")
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> NoReturn:
-        """Refuse: see `state_dict`.
-
-        Raises:
-            ConfigError: always; it says what to call.
-        """
-        raise ConfigError("a sharded optimizer is loaded by booster.load_optimizer, which all ranks call")
-
-    def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:
-        """Refuse: what is sharded is settled when the model is boosted.
-
-        Raises:
-            ConfigError: always; it says what to do.
-        """
-        raise ConfigError("give the optimizer all its groups before boost: parameters cannot be sharded afterwards")
-
-    def _refuse_step_of_another(self, *_: Any) -> None:
-        if not self._stepping:
-            raise RuntimeError("step the optimizer that boost returned: this one's gradients are not here")
 
     def _settle(self) -> None:
         """After a backward: agree on what has no gradient, and show the optimizer this rank's rows of the others."""

@@ -14,7 +14,7 @@ from albireo.device.cores import usable_cores
 from albireo.distributed import World
 from albireo.errors import ConfigError
 from albireo.optim import HostStepper, LossScale, LossScalePolicy, OptimizerWrapper, stepper_threads
-from albireo.plugins.base import Criterion, ModelWrapper, Plugin
+from albireo.plugins.base import PRECISIONS, Criterion, ModelWrapper, Plugin
 from albireo.plugins.casting import CastInputs, CriterionInFp32, compute_dtypes
 from albireo.plugins.importing import check_model_source
 from albireo.plugins.preparing import check_parameters, copy_from_main
@@ -35,8 +35,6 @@ from albireo.sharding import (
 )
 
 __all__ = ["LowLevelZeroPlugin"]
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class _ShardedModel(ModelWrapper):
@@ -126,8 +124,7 @@ class LowLevelZeroPlugin(Plugin):
         if not reduce_bucket_size_in_m > 0:
             raise ConfigError(f"reduce_bucket_size_in_m is more than 0, not {reduce_bucket_size_in_m:g}")
         self.stage: Literal[1, 2] = 1 if stage == 1 else 2
-        self._precision_given = precision is not None
-        self.precision = _checked("fp16" if precision is None else precision)
+        self.take_precision(precision, default="fp16")
         self._policy = LossScalePolicy(
             initial_scale, min_scale, max_scale, growth_factor, backoff_factor, growth_interval, hysteresis
         )
@@ -136,13 +133,6 @@ class LowLevelZeroPlugin(Plugin):
         self._overlap_communication = overlap_communication
         self._overlap_gather = overlap_allgather
         self._cpu_offload = cpu_offload
-
-    def choose_precision(self, precision: str) -> None:
-        """See the base class."""
-        _checked(precision)
-        if self._precision_given:
-            super().choose_precision(precision)
-        self.precision, self._precision_given = precision, True
 
     def configure(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
@@ -153,7 +143,7 @@ class LowLevelZeroPlugin(Plugin):
         check_parameters(model, optimizer)
         if optimizer is not None:
             ShardedOptimizer.check(optimizer)
-        dtype = _DTYPES[self.precision]
+        dtype = PRECISIONS[self.precision]
         dtypes = compute_dtypes(model, dtype)
         copy_from_main(model, world)
         sharded = [p for p in parameters if p in dtypes and p.numel() > 0]
@@ -286,9 +276,3 @@ def _sharded_optimizer(optimizer: OptimizerWrapper) -> ShardedOptimizer:
     if not isinstance(optimizer, ShardedOptimizer):
         raise ConfigError("give the optimizer that boost returned with this plugin")
     return optimizer
-
-
-def _checked(precision: str) -> str:
-    if precision not in _DTYPES:
-        raise ConfigError(f"precision is one of {', '.join(_DTYPES)}, not {precision!r}")
-    return precision

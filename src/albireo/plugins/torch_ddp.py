@@ -14,12 +14,10 @@ from albireo.checkpoint import TensorSlice, TensorSource, whole
 from albireo.distributed import World
 from albireo.errors import ConfigError
 from albireo.optim import OptimizerWrapper, ScaledOptimizer, named_state, restore_named_state
-from albireo.plugins.base import Criterion, ModelWrapper, Plugin
+from albireo.plugins.base import PRECISIONS, Criterion, ModelWrapper, Plugin
 from albireo.plugins.importing import check_model_source
 
 __all__ = ["TorchDDPPlugin"]
-
-_AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class _Autocast(nn.Module):
@@ -67,8 +65,7 @@ class TorchDDPPlugin(Plugin):
         gradient_as_bucket_view: bool = True,
         static_graph: bool = False,
     ) -> None:
-        self._precision_given = precision is not None
-        self.precision = _check_precision("fp32" if precision is None else precision)
+        self.take_precision(precision, default="fp32")
         self._ddp_options: dict[str, int] = {
             "bucket_cap_mb": bucket_cap_mb,
             "find_unused_parameters": find_unused_parameters,
@@ -83,7 +80,7 @@ class TorchDDPPlugin(Plugin):
     ) -> tuple[ModelWrapper, OptimizerWrapper | None]:
         """See the base class."""
         module: nn.Module = model
-        dtype = _AUTOCAST[self.precision]
+        dtype = None if self.precision == "fp32" else PRECISIONS[self.precision]
         if dtype is not None:
             module = _Autocast(module, world.device.type, dtype)
         alone = module
@@ -99,15 +96,8 @@ class TorchDDPPlugin(Plugin):
 
     def configure_criterion(self, criterion: Criterion, world: World) -> Criterion:
         """See the base class."""
-        dtype = _AUTOCAST[self.precision]
+        dtype = None if self.precision == "fp32" else PRECISIONS[self.precision]
         return criterion if dtype is None else _Autocast(criterion, world.device.type, dtype)
-
-    def choose_precision(self, precision: str) -> None:
-        """See the base class."""
-        _check_precision(precision)
-        if self._precision_given:
-            super().choose_precision(precision)
-        self.precision, self._precision_given = precision, True
 
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class."""
@@ -158,9 +148,3 @@ class TorchDDPPlugin(Plugin):
         restore_named_state(
             optimizer.unwrap(), names, states, lambda name, tensor: source.read_into(prefix + name, tensor)
         )
-
-
-def _check_precision(precision: str) -> str:
-    if precision not in _AUTOCAST:
-        raise ConfigError(f"precision is one of {', '.join(_AUTOCAST)}, not {precision!r}")
-    return precision

@@ -13,7 +13,7 @@ from albireo.checkpoint import TensorSlice, TensorSource, whole
 from albireo.distributed import World
 from albireo.errors import ConfigError
 from albireo.optim import LossScale, LossScalePolicy, OptimizerWrapper
-from albireo.plugins.base import Criterion, ModelWrapper, Plugin
+from albireo.plugins.base import PRECISIONS, Criterion, ModelWrapper, Plugin
 from albireo.plugins.casting import CriterionInFp32
 from albireo.plugins.importing import check_model_source
 from albireo.plugins.preparing import check_parameters, copy_from_main
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from albireo.plugins.fully_sharded_optimizer import FullyShardedOptimizer
 
 __all__ = ["TorchFSDPPlugin"]
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TorchFSDPPlugin(Plugin):
@@ -61,18 +59,10 @@ class TorchFSDPPlugin(Plugin):
         block_classes: Collection[type[nn.Module]] | None = None,
         reshard_after_forward: bool = True,
     ) -> None:
-        self._precision_given = precision is not None
-        self.precision = _checked("fp32" if precision is None else precision)
+        self.take_precision(precision, default="fp32")
         self.cpu_offload = cpu_offload
         self._block_classes = block_classes
         self._reshard_after_forward = reshard_after_forward
-
-    def choose_precision(self, precision: str) -> None:
-        """See the base class."""
-        _checked(precision)
-        if self._precision_given:
-            super().choose_precision(precision)
-        self.precision, self._precision_given = precision, True
 
     def configure(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
@@ -91,7 +81,7 @@ class TorchFSDPPlugin(Plugin):
             model,
             choose_blocks(model, self._block_classes),
             world,
-            dtype=_DTYPES[self.precision],
+            dtype=PRECISIONS[self.precision],
             cpu_offload=self.cpu_offload,
             reshard_after_forward=self._reshard_after_forward,
         )
@@ -197,9 +187,3 @@ def _sharded_optimizer(optimizer: OptimizerWrapper) -> FullyShardedOptimizer:
     if not isinstance(optimizer, FullyShardedOptimizer):
         raise ConfigError("give the optimizer that boost returned with this plugin")
     return optimizer
-
-
-def _checked(precision: str) -> str:
-    if precision not in _DTYPES:
-        raise ConfigError(f"precision is one of {', '.join(_DTYPES)}, not {precision!r}")
-    return precision

@@ -2,9 +2,11 @@
 
 from albireo.sharding.bucket import Bucket, Fragment, make_buckets
 from albireo.sharding.flat import ALIGNMENT, Cut, FlatLayout, Segment, plan_buckets
-from albireo.sharding.gradients import Gradients, LocalGradients, ReducedGradients
+from albireo.sharding.gradients import Gradients, LocalGradients
 from albireo.sharding.offload import GradientOffload, OffloadedStep
 from albireo.sharding.optimizer import ShardedOptimizer
+from albireo.sharding.part_optimizer import PartOptimizer
+from albireo.sharding.reduced_gradients import ReducedGradients
 from albireo.sharding.state import fragment_slice, optimizer_slices, restore_optimizer
 
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "Gradients",
     "LocalGradients",
     "OffloadedStep",
+    "PartOptimizer",
     "ReducedGradients",
     "Segment",
     "ShardedOptimizer",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -12,22 +10,21 @@ from torch import nn
 from albireo.distributed import World
 from albireo.distributed.collectives import Transfer, sum_in_rank_order
 from albireo.errors import ConfigError
-from albireo.optim import HybridAdam, LossScale, OptimizerWrapper
+from albireo.optim import HybridAdam, LossScale
 from albireo.optim.overflow import flagged, leaves_out_by_flag
 from albireo.sharding.bucket import Bucket, Fragment
 from albireo.sharding.gradients import Gradients
 from albireo.sharding.offload import GradientOffload, OffloadedStep
+from albireo.sharding.part_optimizer import PartOptimizer
 
 __all__ = ["ShardedOptimizer"]
 
 # What is stepped at a time, in elements: 16-bit gradients are cast into a scratch of so many fp32 numbers (128 MB).
 _STEP_ELEMENTS = 2**25
-# Their steps are no function of each element alone, so a part of a parameter cannot be stepped without the rest.
-_NOT_ELEMENT_WISE = ("LBFGS", "Adafactor", "Muon", "SparseAdam")
 _IN_PARTS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop)
 
 
-class ShardedOptimizer(OptimizerWrapper):
+class ShardedOptimizer(PartOptimizer):
     """Wraps an element-wise torch optimizer; its groups come to hold this rank's fragments.
 
     Args:
@@ -54,72 +51,22 @@ class ShardedOptimizer(OptimizerWrapper):
         overlap_gather: bool = True,
         host_step: OffloadedStep | None = None,
     ) -> None:
-        self.check(optimizer)
-        super().__init__(optimizer)
+        # Before the wrapper adds a hook of its own.
+        self._in_parts = _steps_in_parts(optimizer)
+        super().__init__(optimizer, world, loss_scale)
         self._gradients = gradients
-        self._world = world
-        self._loss_scale = loss_scale
         self._max_norm = max_norm
         self._overlap_gather = overlap_gather
         self._host_step = host_step
         self._scaled = False
-        self._stepping = False
-        fragments = {fragment.parameter: fragment for bucket in gradients.buckets for fragment in bucket.fragments}
-        self._model_groups = [tuple(group["params"]) for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            mine = [(place, fragments[p]) for place, p in enumerate(group["params"]) if p in fragments]
-            for _, fragment in mine:
-                _cut_state(optimizer, fragment)
-            group["params"] = [fragment.master for _, fragment in mine]
-            if "param_names" in group:
-                group["param_names"] = [group["param_names"][place] for place, _ in mine]
-        for parameter in (p for group in self._model_groups for p in group):
+        fragments: dict[torch.Tensor, Fragment] = {
+            fragment.parameter: fragment for bucket in gradients.buckets for fragment in bucket.fragments
+        }
+        for fragment in fragments.values():
+            _cut_state(optimizer, fragment)
+        for parameter in (p for group in self.model_groups for p in group):
             optimizer.state.pop(parameter, None)
-        self._in_parts = _steps_in_parts(optimizer)
-        optimizer.register_step_pre_hook(_refusal_of_other_steps(weakref.ref(self)))
-
-    @staticmethod
-    def check(optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimizer that cannot step a part of a parameter.
-
-        Raises:
-            ConfigError: with what to do instead.
-        """
-        for kind in type(optimizer).__mro__:
-            if kind.__name__ in _NOT_ELEMENT_WISE:
-                raise ConfigError(
-                    f"{kind.__name__} steps a parameter as a whole, and sharding cuts parameters: take HybridAdam or "
-                    "another element-wise optimizer, or TorchDDPPlugin"
-                )
-
-    def state_dict(self) -> NoReturn:
-        """Refuse: this rank's part alone would be of no use.
-
-        Raises:
-            ConfigError: always; it says what to call.
-        """
-        raise ConfigError("a sharded optimizer is saved by booster.save_optimizer, which all ranks call")
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> NoReturn:  # noqa: ARG002
-        """Refuse: see `state_dict`.
-
-        Raises:
-            ConfigError: always; it says what to call.
-        """
-        raise ConfigError("a sharded optimizer is loaded by booster.load_optimizer, which all ranks call")
-
-    def add_param_group(self, param_group: dict[str, Any]) -> NoReturn:  # noqa: ARG002
-        """Refuse: what is sharded is settled when the model is boosted.
-
-        Raises:
-            ConfigError: always; it says what to do.
-        """
-        raise ConfigError("give the optimizer all its groups before boost: parameters cannot be sharded afterwards")
-
-    @property
-    def model_groups(self) -> list[tuple[nn.Parameter, ...]]:
-        """The user's parameters, by group."""
-        return self._model_groups
+        self._take_parts(fragments)
 
     @property
     def fragments(self) -> Iterator[Fragment]:
@@ -246,15 +193,6 @@ class ShardedOptimizer(OptimizerWrapper):
             return None
         return self._loss_scale.value
 
-    def scaler_state(self) -> dict[str, float]:
-        """Return the loss scale and its counts; waits for the device."""
-        return {} if self._loss_scale is None else self._loss_scale.state()
-
-    def load_scaler_state(self, state: dict[str, float]) -> None:
-        """Put back what `scaler_state` returned."""
-        if self._loss_scale is not None and state:
-            self._loss_scale.load(state)
-
     def _norm(self) -> torch.Tensor:
         """Return the true global norm of the step's gradients as they were before clipping."""
         if self._grad_norm is None:
@@ -379,14 +317,3 @@ def _steps_in_parts(optimizer: torch.optim.Optimizer) -> bool:
     """Return True if several calls on parts of the parameters are one step: known of torch's own, without hooks."""
     hooks = (vars(optimizer).get(f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
     return (isinstance(optimizer, HybridAdam) or type(optimizer) in _IN_PARTS) and not any(hooks)
-
-
-def _refusal_of_other_steps(wrapper: weakref.ref[ShardedOptimizer]) -> Callable[..., None]:
-    """Return a hook that refuses steps that the wrapper does not make: the gradients are not where they would look."""
-
-    def refuse(*_: Any) -> None:
-        owner = wrapper()
-        if owner is not None and not owner._stepping:  # noqa: SLF001  of this file
-            raise RuntimeError("step the optimizer that boost returned: this one's gradients are not here")
-
-    return refuse
