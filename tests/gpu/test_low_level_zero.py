@@ -46,7 +46,7 @@ def steps(
     return outputs
 
 
-def test_in_fp32_it_is_torch_ddp_to_the_bit() -> None:
+def test_in_fp32_it_follows_torch_ddp() -> None:
     # Attention's backward and the loss add in no fixed order by default.
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     try:
