@@ -8,6 +8,7 @@ from albireo.sharding.optimizer import ShardedOptimizer
 from albireo.sharding.part_optimizer import PartOptimizer
 from albireo.sharding.reduced_gradients import ReducedGradients
 from albireo.sharding.state import fragment_slice, optimizer_slices, restore_optimizer
+from albireo.sharding.weight_source import ParameterValues, WeightSource
 
 __all__ = [
     "ALIGNMENT",
@@ -19,10 +20,12 @@ __all__ = [
     "Gradients",
     "LocalGradients",
     "OffloadedStep",
+    "ParameterValues",
     "PartOptimizer",
     "ReducedGradients",
     "Segment",
     "ShardedOptimizer",
+    "WeightSource",
     "fragment_slice",
     "make_buckets",
     "optimizer_slices",
