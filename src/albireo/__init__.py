@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from albireo.booster import Booster
     from albireo.distributed import DistCoordinator, launch_from_torch
     from albireo.distributed.from_torch import launch
+    from albireo.models import LazyInitContext
     from albireo.optim import HybridAdam
     from albireo.plugins import LowLevelZeroPlugin, TorchDDPPlugin, TorchFSDPPlugin
 
@@ -19,6 +20,7 @@ __all__ = [
     "Booster",
     "DistCoordinator",
     "HybridAdam",
+    "LazyInitContext",
     "LowLevelZeroPlugin",
     "TorchDDPPlugin",
     "TorchFSDPPlugin",
@@ -35,6 +37,7 @@ _HOMES = MappingProxyType(
         "Booster": "albireo.booster",
         "DistCoordinator": "albireo.distributed",
         "HybridAdam": "albireo.optim",
+        "LazyInitContext": "albireo.models",
         "LowLevelZeroPlugin": "albireo.plugins",
         "TorchDDPPlugin": "albireo.plugins",
         "TorchFSDPPlugin": "albireo.plugins",

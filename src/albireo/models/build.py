@@ -10,13 +10,15 @@ from torch import nn
 from albireo.errors import ModelError
 from albireo.models.choice import ModelChoice, fetch_model
 from albireo.models.initialise import initialise
+from albireo.models.lazy import LazyInitContext
 from albireo.models.pretrained import load_weights, weight_files
 from albireo.models.vocabulary import Init, Vocabulary, reconcile_vocabulary
+from albireo.models.weight_sources import FolderWeights, RandomWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["build_model", "configure_model", "materialise"]
+__all__ = ["build_model", "build_model_lazily", "configure_model", "materialise"]
 
 
 def configure_model(
@@ -90,6 +92,38 @@ def build_model(
         initialise(model, seed)
     model.train()
     return model
+
+
+def build_model_lazily(
+    choice: ModelChoice, config: PreTrainedConfig, *, init: Init, seed: int
+) -> tuple[PreTrainedModel, FolderWeights | RandomWeights]:
+    """Build the model that `build_model` does, in fp32 and in training mode, without memory for its parameters.
+
+    Args:
+        choice: which model.
+        config: from `configure_model`.
+        init: random weights, decided by the seed, or trained ones, from the choice's folder or the hub.
+        seed: decides random weights.
+
+    Returns:
+        The model, whose parameters are on the meta device and whose buffers are in host memory; and where the values
+        of its parameters come from, which is to be closed.
+
+    Raises:
+        ModelError: the weights cannot be found, or do not fit the configuration.
+    """
+    family = choice.family
+    if init == "pretrained":
+        choice = fetch_model(choice)
+    config.dtype = torch.float32
+    # The family asks for the meta device, for buffers too. The context has seen how they come to be.
+    with LazyInitContext(seed=seed):
+        model = family.make_model(config)
+    nn.Module.float(model)
+    model.train()
+    if init == "pretrained" and choice.folder is not None:
+        return model, FolderWeights(model, choice.folder, family)
+    return model, RandomWeights(model, seed)
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:

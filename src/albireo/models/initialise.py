@@ -21,10 +21,10 @@ from albireo.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["InitialValues", "initial_values", "initialise", "initialise_module"]
+__all__ = ["BLOCK", "InitialValues", "initial_values", "initialise", "initialise_module", "owned_values"]
 
-# 4 MB in fp32: stays in a core's cache between drawing and copying.
-_BLOCK = 2**20
+# Values that are drawn from one stream. 4 MB in fp32: stays in a core's cache between drawing and copying.
+BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class InitialValues:
                 out.fill_(self.mean)
             else:
                 stop = start + out.numel()
-                for block in range(start // _BLOCK, -(-stop // _BLOCK)):
-                    first, last = max(start, block * _BLOCK), min(stop, (block + 1) * _BLOCK)
-                    self._fill_from_block(out[first - start : last - start], block, first - block * _BLOCK)
+                for block in range(start // BLOCK, -(-stop // BLOCK)):
+                    first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
+                    self._fill_from_block(out[first - start : last - start], block, first - block * BLOCK)
             padding = range(max(start, self.zeros.start), min(start + out.numel(), self.zeros.stop))
             if len(padding) > 0:
                 out[padding.start - start : padding.stop - start] = 0.0
 
     def _fill_from_block(self, out: Tensor, block: int, skip: int) -> None:
-        length = min(_BLOCK, self.size - block * _BLOCK)
+        length = min(BLOCK, self.size - block * BLOCK)
         generator = torch.Generator().manual_seed(self._block_seed(block))
         if out.numel() == length and out.dtype == torch.float32 and out.device.type == "cpu":
             out.normal_(self.mean, self.std, generator=generator)
@@ -134,30 +134,44 @@ def initialise_module(module: nn.Module, name: str, seed: int, config: PreTraine
         values.fill(module.get_parameter(parameter_name).detach().view(-1))
 
 
-def initialise(model: PreTrainedModel, seed: int) -> None:
-    """Write first values to all of a model's parameters. torch's global random state is neither used nor changed.
+def owned_values(model: PreTrainedModel, seed: int) -> dict[nn.Parameter, InitialValues]:
+    """Return how each of a model's parameters begins, without a draw.
 
     A parameter that several modules share is the first one's, in the order of `named_modules`: a tied head follows
     its embedding.
 
     Args:
-        model: the model; its parameters have memory.
+        model: the model; it may be on the meta device.
         seed: the run's.
 
     Raises:
-        ModelError: nobody knows how to begin one of its modules; nothing is written then.
+        ModelError: nobody knows how to begin one of its modules.
     """
     owned: dict[nn.Parameter, InitialValues] = {}
     for name, module in model.named_modules():
         if any(parameter not in owned for parameter in module.parameters(recurse=False)):
             for parameter_name, values in initial_values(module, name, seed, model.config).items():
                 owned.setdefault(module.get_parameter(parameter_name), values)
+    return owned
+
+
+def initialise(model: PreTrainedModel, seed: int) -> None:
+    """Write first values to all of a model's parameters. torch's global random state is neither used nor changed.
+
+    Args:
+        model: the model; its parameters have memory.
+        seed: the run's.
+
+    Raises:
+        ModelError: nobody knows how to begin one of its modules; nothing is written then. See `owned_values`.
+    """
+    owned = owned_values(model, seed)
     # Drawing lets go of Python's lock, so threads draw at once, a block each.
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="initialise") as pool:
         results = [
-            pool.submit(values.fill, parameter.detach().view(-1)[start : start + _BLOCK], start)
+            pool.submit(values.fill, parameter.detach().view(-1)[start : start + BLOCK], start)
             for parameter, values in owned.items()
-            for start in range(0, values.size, _BLOCK)
+            for start in range(0, values.size, BLOCK)
         ]
         for result in results:
             result.result()

@@ -21,7 +21,7 @@ from albireo.models.family import Family
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["check_weights", "load_weights", "weight_files"]
+__all__ = ["check_weights", "load_weights", "places_of_weights", "tied_weights_differ", "weight_files"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -78,7 +78,7 @@ def load_weights(model: PreTrainedModel, folder: Path, family: Family) -> None:
     """
     targets = model.state_dict(keep_vars=True)
     files = weight_files(folder)
-    places = _check(files, targets, family)
+    places = places_of_weights(files, targets, family)
     filled: dict[Tensor, str] = {}
     with torch.no_grad():
         for file in files:
@@ -90,10 +90,7 @@ def load_weights(model: PreTrainedModel, folder: Path, family: Family) -> None:
                         target.copy_(value)
                         filled[target] = name
                     elif not torch.equal(target, value.to(target)):
-                        raise ModelError(
-                            f"{file} holds other values for {name} than for {filled[target]}, which config.json says "
-                            "are one: set tie_word_embeddings to false in it, or take the right file"
-                        )
+                        raise tied_weights_differ(file, name, filled[target])
 
 
 def check_weights(folder: Path, family: Family, config: PreTrainedConfig) -> None:
@@ -107,11 +104,20 @@ def check_weights(folder: Path, family: Family, config: PreTrainedConfig) -> Non
     Raises:
         ModelError: as `load_weights` would.
     """
-    _check(weight_files(folder), family.make_model(config).state_dict(keep_vars=True), family)
+    places_of_weights(weight_files(folder), family.make_model(config).state_dict(keep_vars=True), family)
 
 
-def _check(files: list[Path], targets: Mapping[str, Tensor], family: Family) -> dict[str, tuple[Path, str]]:
-    """Return the file and the model's name of each tensor, after comparing all of them with the model."""
+def places_of_weights(files: list[Path], targets: Mapping[str, Tensor], family: Family) -> dict[str, tuple[Path, str]]:
+    """Return the file and the model's name of each tensor in a folder, after comparing all of them with the model.
+
+    Args:
+        files: the folder's, as `weight_files` lists them.
+        targets: the model's tensors by its own names for them; they need no memory.
+        family: the model's.
+
+    Raises:
+        ModelError: as `load_weights` would, but for tied weights, whose values are not looked at.
+    """
     places: dict[str, tuple[Path, str]] = {}
     found: dict[str, str] = {}
     for file in files:
@@ -140,6 +146,14 @@ def _check(files: list[Path], targets: Mapping[str, Tensor], family: Family) -> 
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"{files[0].parent} holds no weights for {missing[0]}{more}, which its config.json asks for")
     return places
+
+
+def tied_weights_differ(file: Path, name: str, other: str) -> ModelError:
+    """Return the error of a file that has another value for a parameter than the one read under another name."""
+    return ModelError(
+        f"{file} holds other values for {name} than for {other}, which config.json says are one: set "
+        "tie_word_embeddings to false in it, or take the right file"
+    )
 
 
 def _own_name(key: str, targets: Mapping[str, Tensor], family: Family) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from albireo.config import RunConfig
 from albireo.data import TextTokenizer, load_tokenizer
@@ -17,11 +17,13 @@ from albireo.models import (
     ModelChoice,
     Vocabulary,
     build_model,
+    build_model_lazily,
     check_weights,
     configure_model,
     fetch_model,
     resolve_model,
 )
+from albireo.sharding import WeightSource
 
 __all__ = ["LanguageModelPlan", "plan_language_model"]
 
@@ -87,11 +89,34 @@ class LanguageModelPlan:
         Raises:
             ModelError: the weights cannot be loaded, or do not go with the tokenizer.
         """
-        model_config, lines = configure_model(
-            self.choice, init=self.init, vocabulary=_vocabulary(tokenizer), dropout=config.model.dropout
-        )
+        model_config, lines = self._configured(tokenizer, config)
         model = build_model(self.choice, model_config, init=self.init, seed=config.schedule.seed, device=device)
         return model, lines
+
+    def build_lazily(
+        self, tokenizer: TextTokenizer | None, config: RunConfig
+    ) -> tuple[PreTrainedModel, WeightSource, list[str]]:
+        """Build the same model without memory for its parameters.
+
+        Args:
+            tokenizer: whose ids it is to read; None for random ids.
+            config: seed and dropout.
+
+        Returns:
+            The model in fp32, with its parameters on the meta device; where their values come from, which is to be
+            closed; and lines for the user.
+
+        Raises:
+            ModelError: the weights cannot be found, or do not go with the tokenizer.
+        """
+        model_config, lines = self._configured(tokenizer, config)
+        model, source = build_model_lazily(self.choice, model_config, init=self.init, seed=config.schedule.seed)
+        return model, source, lines
+
+    def _configured(self, tokenizer: TextTokenizer | None, config: RunConfig) -> tuple[PreTrainedConfig, list[str]]:
+        return configure_model(
+            self.choice, init=self.init, vocabulary=_vocabulary(tokenizer), dropout=config.model.dropout
+        )
 
 
 def plan_language_model(config: RunConfig) -> LanguageModelPlan:
