@@ -1,10 +1,9 @@
 from pathlib import Path
 
-import pytest
 import torch
 
-from albireo.device import PeakMemory, device_total_bytes, read_host_memory
-from albireo.device.memory import HostMemory
+from albireo.device import device_total_bytes, read_host_memory
+from albireo.device.memory import HostMemory, host_room_bytes
 
 GB = 2**30
 
@@ -47,32 +46,26 @@ def test_this_machine_says_something_sensible() -> None:
     assert device_total_bytes(torch.device("cpu")) is None
 
 
-def test_the_hosts_peak_grows_with_what_is_touched() -> None:
-    peaks = PeakMemory(torch.device("cpu"))
-    before = peaks.read().host_peak_bytes
-    size = before + 64 * 2**20
-    block = torch.ones(size, dtype=torch.uint8)
-    assert peaks.read().host_peak_bytes >= size
-    assert peaks.read().device_peak_bytes == 0
-    del block
+def test_a_groups_limit_is_the_room_whatever_the_machine_says(tmp_path: Path) -> None:
+    """MemTotal may be more, in a container, and less, on a machine whose memory grows as it is touched."""
+    for total_gb in (16, 512):
+        limits = {"jobs/memory.max": str(128 * GB), "jobs/mine/memory.max": "max"}
+        root = make_root(tmp_path / str(total_gb), total_gb=total_gb, cgroup="0::/jobs/mine\n", limits=limits)
+        assert host_room_bytes(None, 1, root) == 124 * GB
+        assert host_room_bytes(0, 4, root) == 31 * GB
 
 
-def test_a_gpus_counters_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each call for one of them has the allocator write down all of them."""
-    calls = []
-    counters = {"allocated_bytes.all.current": 1, "allocated_bytes.all.peak": 2, "reserved_bytes.all.peak": 3}
-
-    def read(device: torch.device) -> dict[str, int]:
-        calls.append(device)
-        return counters
-
-    monkeypatch.setattr("torch.cuda.memory.memory_stats", read)
-    monkeypatch.setattr("torch.cuda.memory_stats", read)
-    reading = PeakMemory(torch.device("cuda", 1)).read()
-    assert (reading.device_bytes, reading.device_peak_bytes, reading.device_reserved_peak_bytes) == (1, 2, 3)
-    assert calls == [torch.device("cuda", 1)]
+def test_the_room_without_a_limit_is_the_machines_less_a_reserve(tmp_path: Path) -> None:
+    root = make_root(tmp_path, total_gb=20, cgroup="0::/\n", limits={"memory.max": "max"})
+    assert host_room_bytes(None, 1, root) == 19 * GB
+    assert host_room_bytes(None, 2, root) == 19 * GB // 2
 
 
-def test_a_gpu_that_has_not_been_used_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.memory_stats", lambda _device: {})
-    assert PeakMemory(torch.device("cuda")).read().device_peak_bytes == 0
+def test_a_cap_on_the_host_is_taken_as_it_is(tmp_path: Path) -> None:
+    root = make_root(tmp_path, total_gb=20, cgroup="0::/\n", limits={})
+    assert host_room_bytes(64 * GB, 1, root) == 64 * GB
+    assert host_room_bytes(64 * GB, 4, root) == 16 * GB
+
+
+def test_nobody_knows_the_room_where_the_system_does_not_say(tmp_path: Path) -> None:
+    assert host_room_bytes(None, 1, tmp_path) is None

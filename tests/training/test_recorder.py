@@ -16,7 +16,7 @@ import torch
 
 from albireo.booster import StepOutput
 from albireo.config import MachineFacts, RunConfig, merge, resolve
-from albireo.device import Readback
+from albireo.device import PeakMemory, PeakReading, Readback
 from albireo.distributed import World
 from albireo.training.assemble import open_session
 from albireo.training.loop import train_loop
@@ -55,7 +55,9 @@ class Kept:
         self.writer = MetricsWriter(self.path)
         progress = Progress(stream=self.screen)
         progress.start_training(1, 20)
-        self.recorder = Recorder(world, progress, self.writer, samples_per_step=4, dataset_size=10, **more)
+        self.recorder = Recorder(
+            world, progress, self.writer, samples_per_step=4, dataset_size=10, peaks=PeakMemory(CPU), **more
+        )
         # The lag of a GPU, on any machine.
         self.recorder._readback = Readback(CPU, lag)
 
@@ -112,7 +114,9 @@ def test_a_lag_holds_back_so_many_rows_and_no_more(tmp_path: Path) -> None:
 
 def test_a_cpu_has_no_lag(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path / "metrics.jsonl") as writer:
-        recorder = Recorder(ALONE, Progress(enabled=False), writer, samples_per_step=1, dataset_size=1)
+        recorder = Recorder(
+            ALONE, Progress(enabled=False), writer, samples_per_step=1, dataset_size=1, peaks=PeakMemory(CPU)
+        )
         output = StepOutput(torch.tensor(4.0), 2, torch.tensor(1.0))
         recorder.add(1, output, first_sample=0, learning_rate=0.1, stop_requested=False)
         assert read_metrics(tmp_path / "metrics.jsonl")[0][0].loss == 2.0
@@ -288,9 +292,11 @@ def test_nothing_is_said_of_compiling_where_nothing_was(kept: Kept) -> None:
 
 def test_a_run_tells_its_recorder_what_to_expect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, Any]] = []
+    readers: list[PeakMemory] = []
 
     def make(*arguments: Any, **options: Any) -> Recorder:
         told.append({name: options.pop(name) for name in ("compiled", "loss_scaled")})
+        readers.append(options["peaks"])
         return Recorder(*arguments, compiled=told[-1]["compiled"], **options)
 
     monkeypatch.setattr("albireo.training.assemble.Recorder", make)
@@ -302,6 +308,7 @@ def test_a_run_tells_its_recorder_what_to_expect(tmp_path: Path, monkeypatch: py
         folder = RunFolder.create(tmp_path / str(len(more)))
         with open_session(config, folder, ALONE) as session:
             session.finish(train_loop(session), export_model=False)
+            assert session.booster.plugin.peaks(CPU) is readers[-1]
         seconds = json.loads(folder.summary_path.read_text())["compile_seconds"]
         assert seconds is None if not more else seconds >= 0.0
     assert told == [{"compiled": True, "loss_scaled": True}, {"compiled": False, "loss_scaled": False}]
@@ -328,8 +335,18 @@ def test_an_evaluation_that_is_no_number_is_said(prompt: Kept) -> None:
     assert "warning: at step 3 the evaluation loss is nan" in prompt.screen.getvalue()
 
 
+def test_rows_have_the_peaks_that_the_runs_reader_gives(prompt: Kept) -> None:
+    class Peaks(PeakMemory):
+        def read(self) -> PeakReading:
+            return PeakReading(1, 22, 333, 4444)
+
+    prompt.recorder._peaks = Peaks(CPU)
+    prompt.step(1)
+    assert [(row.device_peak_bytes, row.host_peak_bytes) for row in prompt.rows()] == [(22, 4444)]
+
+
 def test_other_ranks_keep_nothing(tmp_path: Path) -> None:
-    recorder = Recorder(ALONE, Progress(enabled=False), None, samples_per_step=1, dataset_size=1)
+    recorder = Recorder(ALONE, Progress(enabled=False), None, samples_per_step=1, dataset_size=1, peaks=PeakMemory(CPU))
     output = StepOutput(torch.tensor(math.nan), 2, torch.tensor(1.0))
     recorder.add(1, output, first_sample=0, learning_rate=0.1, stop_requested=True)
     recorder.evaluation(1, math.nan)
@@ -341,7 +358,9 @@ def test_other_ranks_keep_nothing(tmp_path: Path) -> None:
 def stopping_case(world: World, *, lag: int, who: int, asked_at: int, drains_at: int) -> dict[str, Any]:
     """One rank is asked to stop; return when each agrees, and what the rows say. All go on, so that none waits."""
     world = World(world.rank, world.world_size, world.local_rank, CPU)
-    recorder = Recorder(world, Progress(enabled=False), None, samples_per_step=2, dataset_size=10)
+    recorder = Recorder(
+        world, Progress(enabled=False), None, samples_per_step=2, dataset_size=10, peaks=PeakMemory(CPU)
+    )
     recorder._readback = Readback(CPU, lag)
     stopped = 0
     losses: list[float] = []

@@ -41,7 +41,7 @@ def measure_albireo(case: Case) -> CaseResult:
         plan = plan_run(recipe="opt", options=options, output=Path(name) / "run")
         folder = plan.make_folder()
         world = join_world(single=True)
-        train_on_rank(resolved_config(plan), folder, world, export_model=False)
+        peaks = train_on_rank(resolved_config(plan), folder, world, export_model=False)
         rows, _ = read_metrics(folder.metrics_path)
     seconds = [row.step_seconds for row in rows[case.warmup :]]
-    return result_of(case, world.device, seconds, [row.loss for row in rows])
+    return result_of(case, world.device, seconds, [row.loss for row in rows], peaks)

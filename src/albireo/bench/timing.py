@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from albireo.bench.case import Case, CaseResult
-from albireo.device import Moment, PeakMemory, describe_device
+from albireo.device import Moment, PeakMemory, PeakReading, describe_device
 
 __all__ = ["result_of", "time_steps", "versions"]
 
@@ -24,7 +24,8 @@ def time_steps(case: Case, device: torch.device, step: Callable[[int], torch.Ten
         device: where it runs.
         step: makes one step, given its number from 0, and returns its mean loss on the device.
     """
-    PeakMemory(device).reset()
+    peaks = PeakMemory(device)
+    peaks.reset()
     marks = [Moment(device)]
     losses: list[torch.Tensor] = []
     for number in range(case.warmup + case.steps):
@@ -32,10 +33,12 @@ def time_steps(case: Case, device: torch.device, step: Callable[[int], torch.Ten
         marks.append(Moment(device))
     marks[-1].wait()
     seconds = [later.seconds_since(earlier) for earlier, later in itertools.pairwise(marks)]
-    return result_of(case, device, seconds[case.warmup :], [float(loss) for loss in losses])
+    return result_of(case, device, seconds[case.warmup :], [float(loss) for loss in losses], peaks.read())
 
 
-def result_of(case: Case, device: torch.device, seconds: list[float], losses: list[float]) -> CaseResult:
+def result_of(
+    case: Case, device: torch.device, seconds: list[float], losses: list[float], peaks: PeakReading
+) -> CaseResult:
     """Return the result of timed steps.
 
     Args:
@@ -43,8 +46,8 @@ def result_of(case: Case, device: torch.device, seconds: list[float], losses: li
         device: where it ran.
         seconds: of each timed step.
         losses: of every step.
+        peaks: of memory, by whoever ran the steps: torch's own counters may have been started anew among them.
     """
-    reading = PeakMemory(device).read()
     median = statistics.median(seconds)
     return CaseResult(
         case=case,
@@ -54,9 +57,9 @@ def result_of(case: Case, device: torch.device, seconds: list[float], losses: li
         step_seconds_max=max(seconds),
         samples_per_second=case.batch_size / median,
         tokens_per_second=case.batch_size * case.sequence_length / median,
-        device_peak_bytes=reading.device_peak_bytes,
-        device_reserved_peak_bytes=reading.device_reserved_peak_bytes,
-        host_peak_bytes=reading.host_peak_bytes,
+        device_peak_bytes=peaks.device_peak_bytes,
+        device_reserved_peak_bytes=peaks.device_reserved_peak_bytes,
+        host_peak_bytes=peaks.host_peak_bytes,
         first_loss=losses[0],
         last_loss=losses[-1],
         versions=versions(device),

@@ -9,10 +9,13 @@ import torch
 
 from albireo.device.cgroups import cgroup_folders
 
-__all__ = ["HostMemory", "device_total_bytes", "read_host_memory"]
+__all__ = ["HostMemory", "device_total_bytes", "host_room_bytes", "read_host_memory"]
 
 # A cgroup without a limit says "max" (v2) or a number near 2**63 (v1).
 _NO_LIMIT_BYTES = 2**60
+# What the room leaves of the whole: the system, and the files that it keeps in memory while they are read and written.
+_RESERVE_SHARE = 0.05
+_RESERVE_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,29 @@ def read_host_memory(root: Path = Path("/")) -> HostMemory | None:
     if limit < _NO_LIMIT_BYTES and (total is None or limit < total):
         return HostMemory(limit, "cgroup")
     return None if total is None else HostMemory(total, "machine")
+
+
+def host_room_bytes(cap_bytes: int | None, ranks_here: int, root: Path = Path("/")) -> int | None:
+    """Return what one rank may take of the host's memory in all, what it holds already included.
+
+    Without a cap it is its share of the cgroup's limit, wherever there is one, else of MemTotal, less 5% and at most 4
+    GB that are left to the system. The limit counts even where MemTotal is less: there are machines that get memory as
+    they touch it, and say little before. On one of those without a limit only the user knows, and gives a cap.
+
+    Args:
+        cap_bytes: what all ranks of this machine may take together; None or 0: what there is.
+        ranks_here: how many they are.
+        root: where `proc` and `sys` are; another one in tests.
+
+    Returns:
+        Bytes, or None where the system does not say.
+    """
+    if cap_bytes:
+        return cap_bytes // ranks_here
+    whole = min(_cgroup_limits(root), default=_meminfo_total(root / "proc/meminfo"))
+    if whole is None:
+        return None
+    return (whole - min(_RESERVE_BYTES, int(_RESERVE_SHARE * whole))) // ranks_here
 
 
 def _meminfo_total(path: Path) -> int | None:

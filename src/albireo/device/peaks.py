@@ -31,15 +31,28 @@ class PeakReading:
 class PeakMemory:
     """Reads the peaks of one device and of this process.
 
+    torch has one counter of each peak, and starting it anew is the only way to measure a part of a run. What was
+    counted before is kept here: whoever measures parts and whoever reports the whole share one object (a run takes its
+    plugin's, `Plugin.peaks`).
+
     Args:
         device: the device of this rank.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        # The peaks that torch has forgotten: of the whole, and of the interval that goes on.
+        self._peak_bytes = 0
+        self._reserved_peak_bytes = 0
+        self._interval_bytes = 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this rank."""
+        return self._device
 
     def read(self) -> PeakReading:
-        """Return the peaks so far; never waits for the device."""
+        """Return the peaks since the last reset, intervals or not; never waits for the device."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if self._device.type != "cuda":
             return PeakReading(0, 0, 0, host)
@@ -47,12 +60,33 @@ class PeakMemory:
         counters = torch.cuda.memory_stats(self._device)
         return PeakReading(
             device_bytes=counters.get("allocated_bytes.all.current", 0),
-            device_peak_bytes=counters.get("allocated_bytes.all.peak", 0),
-            device_reserved_peak_bytes=counters.get("reserved_bytes.all.peak", 0),
+            device_peak_bytes=max(self._peak_bytes, counters.get("allocated_bytes.all.peak", 0)),
+            device_reserved_peak_bytes=max(self._reserved_peak_bytes, counters.get("reserved_bytes.all.peak", 0)),
             host_peak_bytes=host,
         )
 
+    def interval_peak_bytes(self) -> int:
+        """Return the most allocated on the device since the last such call, and begin the next interval; 0 on a CPU.
+
+        The first interval begins with the process. The peak of the whole goes on.
+        """
+        if self._device.type != "cuda":
+            return 0
+        self._fold()
+        peak, self._interval_bytes = self._interval_bytes, 0
+        return peak
+
     def reset(self) -> None:
-        """Start the device's peak anew; the host's cannot be."""
+        """Start the device's peak anew; the host's cannot be. An interval goes on."""
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
+            self._fold()
+            self._peak_bytes = self._reserved_peak_bytes = 0
+
+    def _fold(self) -> None:
+        """Keep what torch's counters say, and start them anew from what is allocated now."""
+        counters = torch.cuda.memory_stats(self._device)
+        peak = counters.get("allocated_bytes.all.peak", 0)
+        self._interval_bytes = max(self._interval_bytes, peak)
+        self._peak_bytes = max(self._peak_bytes, peak)
+        self._reserved_peak_bytes = max(self._reserved_peak_bytes, counters.get("reserved_bytes.all.peak", 0))
+        torch.cuda.reset_peak_memory_stats(self._device)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from albireo.checkpoint import TensorSlice, TensorSource
 from albireo.data import EpochSampler
-from albireo.device import seed_of
+from albireo.device import PeakMemory, seed_of
 from albireo.distributed import World, current_world
 from albireo.errors import ConfigError
 from albireo.optim import OptimizerWrapper
@@ -91,6 +91,7 @@ class Plugin(ABC):
     precision: str
     # One that says nothing of it has one precision, and no other.
     _precision_given: bool = True
+    _peaks: PeakMemory | None = None
     compute_form: ClassVar[Literal["autocast", "copy"]] = "copy"
     harmless_warnings: ClassVar[tuple[str, ...]] = ()
     needs_process_group: ClassVar[bool] = False
@@ -128,6 +129,16 @@ class Plugin(ABC):
             world: the ranks.
         """
         return criterion
+
+    def peaks(self, device: torch.device) -> PeakMemory:
+        """Return the one reader of peaks of what this plugin trains, for all who measure or report them.
+
+        Args:
+            device: of this rank.
+        """
+        if self._peaks is None or self._peaks.device != device:
+            self._peaks = PeakMemory(device)
+        return self._peaks
 
     def take_precision(self, given: str | None, *, default: str) -> None:
         """Begin with a precision; the facade may choose another if none was given.

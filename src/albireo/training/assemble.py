@@ -110,6 +110,7 @@ def open_session(
             writer,
             samples_per_step=layout.samples_per_step,
             dataset_size=len(data.train),
+            peaks=plugin.peaks(world.device),
             compiled=config.plugin.compile,
             loss_scaled=config.plugin.precision == "fp16",
         )

@@ -29,6 +29,7 @@ class Recorder:
         writer: the metrics file, on the main rank; None elsewhere.
         samples_per_step: of the global batch.
         dataset_size: samples in an epoch.
+        peaks: the run's reader of peak memory.
         compiled: the first step compiles the model, and takes longer than all others.
         loss_scaled: a loss scale leaves out a step whose gradient is not finite, as in fp16.
 
@@ -45,6 +46,7 @@ class Recorder:
         *,
         samples_per_step: int,
         dataset_size: int,
+        peaks: PeakMemory,
         compiled: bool = False,
         loss_scaled: bool = False,
     ) -> None:
@@ -53,7 +55,7 @@ class Recorder:
         self._writer = writer
         self._samples_per_step = samples_per_step
         self._dataset_size = dataset_size
-        self._peaks = PeakMemory(world.device)
+        self._peaks = peaks
         self._readback = Readback(world.device, _LAG_STEPS if world.device.type == "cuda" else 0)
         self._on_their_way: dict[int, tuple[int, float]] = {}
         self._mark = Moment(world.device)

@@ -16,7 +16,7 @@ from albireo.booster import Booster, StepOutput
 from albireo.checkpoint import replace_folder
 from albireo.config import RunConfig
 from albireo.data import Batch, BatchLayout, StepLoader, evaluation_batches
-from albireo.device import PeakMemory, describe_device, seed_everything
+from albireo.device import describe_device, seed_everything
 from albireo.distributed import World
 from albireo.errors import Interrupted
 from albireo.files import FileOperations
@@ -213,7 +213,7 @@ class Session:
             ) from error
 
     def _memory_use(self) -> MemoryUse:
-        reading = PeakMemory(self.world.device).read()
+        reading = self.booster.plugin.peaks(self.world.device).read()
         return measure_memory_use(
             self.model.unwrap().parameters(),
             self.optimizer.unwrap(),

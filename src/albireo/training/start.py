@@ -11,7 +11,7 @@ import torch
 
 from albireo.checkpoint.names import find_checkpoints
 from albireo.config import MachineFacts, RunConfig, config_from_mapping, config_to_mapping, resolve
-from albireo.device import detect_device_type, device_count, has_native_bf16
+from albireo.device import PeakReading, detect_device_type, device_count, has_native_bf16
 from albireo.distributed import World, join_world, launch_ranks
 from albireo.errors import AlbireoError, ConfigError
 from albireo.models import FAMILIES, resolve_model
@@ -99,7 +99,7 @@ def train_in_rank(world: World, payload: Mapping[str, Any]) -> None:
     train_on_rank(config, RunFolder.open(Path(payload["folder"])), world)
 
 
-def train_on_rank(config: RunConfig, folder: RunFolder, world: World, *, export_model: bool = True) -> None:
+def train_on_rank(config: RunConfig, folder: RunFolder, world: World, *, export_model: bool = True) -> PeakReading:
     """Train on this rank, from the last whole checkpoint if there is one.
 
     Args:
@@ -107,6 +107,9 @@ def train_on_rank(config: RunConfig, folder: RunFolder, world: World, *, export_
         folder: the run's folder.
         world: the ranks.
         export_model: write the model as a Hugging Face folder at the end.
+
+    Returns:
+        The run's peaks of memory.
 
     Raises:
         Interrupted: the user stopped the run, which has been saved.
@@ -117,3 +120,4 @@ def train_on_rank(config: RunConfig, folder: RunFolder, world: World, *, export_
     with open_session(config, folder, world) as session, session.out_of_memory_explained():
         status = train_loop(session)
         session.finish(status, export_model=export_model)
+        return session.booster.plugin.peaks(world.device).read()
