@@ -17,6 +17,7 @@ from albireo.ops import count_terms, sum_of_loss
 from albireo.optim import OptimizerWrapper
 from albireo.plugins import Criterion, ModelWrapper, Plugin, TorchDDPPlugin
 from albireo.plugins.state_door import StateDoor
+from albireo.sharding.weight_source import WeightSource
 
 __all__ = ["Booster", "StepOutput"]
 
@@ -83,6 +84,8 @@ class Booster(StateDoor):
         criterion: Criterion | None = None,
         dataloader: Any = None,
         lr_scheduler: Any = None,
+        *,
+        weights: WeightSource | None = None,
     ) -> tuple[ModelWrapper, OptimizerWrapper, Any, Any, Any]: ...
 
     @overload
@@ -93,6 +96,8 @@ class Booster(StateDoor):
         criterion: Criterion | None = None,
         dataloader: Any = None,
         lr_scheduler: Any = None,
+        *,
+        weights: WeightSource | None = None,
     ) -> tuple[ModelWrapper, None, Any, Any, Any]: ...
 
     def boost(
@@ -102,6 +107,8 @@ class Booster(StateDoor):
         criterion: Criterion | None = None,
         dataloader: Any = None,
         lr_scheduler: Any = None,
+        *,
+        weights: WeightSource | None = None,
     ) -> tuple[ModelWrapper, OptimizerWrapper | None, Any, Any, Any]:
         """Move a model to the device, and wrap it and its optimizer with the plugin.
 
@@ -111,6 +118,7 @@ class Booster(StateDoor):
             criterion: computes the loss from outputs and labels.
             dataloader: passed through, as `plugin.prepare_dataloader` or anybody else made it.
             lr_scheduler: passed through; one of torch's, made with `optimizer` itself.
+            weights: the first weights of a model whose parameters have no memory yet (GeminiPlugin).
 
         Returns:
             The five in this order: the model, called as before; the optimizer; the criterion, which computes in the
@@ -121,8 +129,8 @@ class Booster(StateDoor):
         """
         if isinstance(model, ModelWrapper) or isinstance(optimizer, OptimizerWrapper):
             raise ConfigError("this model or optimizer is boosted already: give boost the user's own")
-        model.to(self.world.device)
-        boosted, wrapped = self.plugin.configure(model, optimizer, self.world)
+        self.plugin.place(model, self.world.device)
+        boosted, wrapped = self.plugin.configure(model, optimizer, self.world, weights=weights)
         if optimizer is not None and wrapped is not None:
             if optimizer.state:
                 # They were there before the model moved, and follow it as torch has it when it loads them.

@@ -68,7 +68,7 @@ class HostStepper:
         compiled: bool = True,
         log: Log | None = None,
     ) -> None:
-        _values_by_parameter(optimizer)
+        self.check(optimizer)
         if threads is None:
             threads = stepper_threads(usable_cores())
         if threads < 1:
@@ -78,6 +78,15 @@ class HostStepper:
         self._worker = HostWorker(choose_kernel(threads, compiled=compiled, log=log))
         # For one that is never closed: the thread must not outlive the interpreter.
         self._end = weakref.finalize(self, self._worker.end)
+
+    @staticmethod
+    def check(optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that cannot be stepped on the host.
+
+        Raises:
+            ConfigError: with what to do instead.
+        """
+        _values_by_parameter(optimizer)
 
     @property
     def kernel_name(self) -> str:

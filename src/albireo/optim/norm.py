@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-__all__ = ["clip_by_norm", "global_norm", "sum_of_squares"]
+__all__ = ["clip_by_norm", "global_norm", "norms_of", "sum_of_squared_norms", "sum_of_squares"]
 
 _BLOCK = 512
 
@@ -41,17 +41,42 @@ def sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
     Returns:
         An fp64 scalar on that device; a zero on the host if there is no tensor.
     """
+    return sum_of_squared_norms(norms_of(tensors))
+
+
+def norms_of(tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
+    """Return the Euclidean norm of each tensor, in parts: the root of the sum of their squares is the norm.
+
+    Args:
+        tensors: of any shapes on one device.
+
+    Returns:
+        For each tensor scalars on that device, in fp32 (fp64 if one of the tensors is). They do not depend on what else
+        is in the list, so norms may be taken of some tensors now and of others later.
+    """
     if not tensors:
-        return torch.zeros((), dtype=torch.float64)
+        return []
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     if tensors[0].is_cuda:
-        norms = list(torch._foreach_norm(tensors, 2.0, dtype=dtype))  # noqa: SLF001  as torch.nn.utils does
-    else:
-        norms = [part for tensor in tensors for part in _host_norms(tensor, dtype)]
-    return torch.stack(norms).double().square().sum()
+        norms = torch._foreach_norm(list(tensors), 2.0, dtype=dtype)  # noqa: SLF001  as torch.nn.utils does
+        return [(norm,) for norm in norms]
+    return [_host_norms(tensor, dtype) for tensor in tensors]
 
 
-def _host_norms(tensor: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+def sum_of_squared_norms(norms: Iterable[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    """Return the sum of the squares of norms, an fp64 scalar.
+
+    Args:
+        norms: from `norms_of`, in the order in which they are added up.
+
+    Returns:
+        A scalar on the norms' device; a zero on the host if there is none.
+    """
+    parts = [part for of_tensor in norms for part in of_tensor]
+    return torch.stack(parts).double().square().sum() if parts else torch.zeros((), dtype=torch.float64)
+
+
+def _host_norms(tensor: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Return norms of parts of a host tensor, which together have its norm.
 
     On a CPU torch adds up a whole tensor in one fp32 sum a lane: 40 million equal elements come out 2% short. Sums of
@@ -61,7 +86,7 @@ def _host_norms(tensor: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
     whole = flat.numel() // _BLOCK * _BLOCK
     blocks = torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1, dtype=dtype)
     rest = torch.linalg.vector_norm(flat[whole:], dtype=dtype)
-    return [torch.linalg.vector_norm(blocks.double()).to(dtype), rest]
+    return torch.linalg.vector_norm(blocks.double()).to(dtype), rest
 
 
 def clip_by_norm(gradients: Sequence[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:

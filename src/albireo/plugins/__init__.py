@@ -2,6 +2,7 @@
 
 from albireo.plugins.base import Criterion, ModelWrapper, Plugin
 from albireo.plugins.catalog import PLUGINS, make_plugin
+from albireo.plugins.gemini import GeminiPlugin
 from albireo.plugins.low_level_zero import LowLevelZeroPlugin
 from albireo.plugins.torch_ddp import TorchDDPPlugin
 from albireo.plugins.torch_fsdp import TorchFSDPPlugin
@@ -9,6 +10,7 @@ from albireo.plugins.torch_fsdp import TorchFSDPPlugin
 __all__ = [
     "PLUGINS",
     "Criterion",
+    "GeminiPlugin",
     "LowLevelZeroPlugin",
     "ModelWrapper",
     "Plugin",

@@ -18,6 +18,7 @@ from albireo.device import PeakMemory, seed_of
 from albireo.distributed import World, current_world
 from albireo.errors import ConfigError
 from albireo.optim import OptimizerWrapper
+from albireo.sharding.weight_source import WeightSource
 
 __all__ = ["PRECISIONS", "Criterion", "ModelWrapper", "Plugin"]
 
@@ -97,16 +98,40 @@ class Plugin(ABC):
     needs_process_group: ClassVar[bool] = False
     takes_uneven_micro_batches: ClassVar[bool] = False
 
+    def place(self, model: nn.Module, device: torch.device) -> None:
+        """Bring a model to the device before it is configured.
+
+        Args:
+            model: the user's model.
+            device: what computes.
+
+        Raises:
+            ConfigError: it has parameters without memory, which this plugin cannot fill.
+        """
+        lacking = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+        if lacking is not None:
+            raise ConfigError(
+                f"{lacking} is on the meta device, and {type(self).__name__} needs weights in memory: build the model outside "
+                "of LazyInitContext, or take GeminiPlugin"
+            )
+        model.to(device)
+
     @abstractmethod
     def configure(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        world: World,
+        *,
+        weights: WeightSource | None = None,
     ) -> tuple[ModelWrapper, OptimizerWrapper | None]:
         """Wrap a model and its optimizer.
 
         Args:
-            model: the user's model, on the world's device.
+            model: the user's model, as `place` has left it.
             optimizer: its optimizer, or None for evaluation alone.
             world: the ranks.
+            weights: the first weights of a model whose parameters have no memory; None: they are in the parameters.
         """
 
     @abstractmethod

@@ -2,65 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 from torch import nn
 
-from albireo.checkpoint import TensorSlice, TensorSource, whole
+from albireo.sharding.weight_source import WeightSource
 from albireo.device.cores import usable_cores
+from albireo.device.lanes import copy_lane
 from albireo.distributed import World
 from albireo.errors import ConfigError
 from albireo.optim import HostStepper, LossScale, LossScalePolicy, OptimizerWrapper, stepper_threads
-from albireo.plugins.base import PRECISIONS, Criterion, ModelWrapper, Plugin
-from albireo.plugins.casting import CastInputs, CriterionInFp32, compute_dtypes
-from albireo.plugins.importing import check_model_source
+from albireo.plugins.base import PRECISIONS, ModelWrapper
+from albireo.plugins.casting import CastInputs, compute_dtypes
+from albireo.plugins.parts import PartsPlugin, ShardedModel, sharded_model
 from albireo.plugins.preparing import check_parameters, copy_from_main
-from albireo.plugins.state_files import on_all
 from albireo.sharding import (
     Bucket,
-    Fragment,
     GradientOffload,
     Gradients,
     LocalGradients,
     OffloadedStep,
     ReducedGradients,
     ShardedOptimizer,
-    fragment_slice,
     make_buckets,
-    optimizer_slices,
-    restore_optimizer,
 )
 
 __all__ = ["LowLevelZeroPlugin"]
 
 
-class _ShardedModel(ModelWrapper):
-    """A model whose parameters lie in buckets.
-
-    Attributes:
-        buckets: all of them.
-        gradients: what takes the gradients of those that are trained; None without an optimizer.
-        world: the ranks.
-    """
-
-    def __init__(
-        self, module: nn.Module, original: nn.Module, buckets: list[Bucket], gradients: Gradients | None, world: World
-    ) -> None:
-        super().__init__(module, original)
-        self.buckets = buckets
-        self.gradients = gradients
-        self.world = world
-
-    @property
-    def fragments(self) -> Iterable[Fragment]:
-        """This rank's part of all parameters."""
-        return (fragment for bucket in self.buckets for fragment in bucket.fragments)
-
-
-class LowLevelZeroPlugin(Plugin):
+class LowLevelZeroPlugin(PartsPlugin):
     """Every rank computes with whole weights in the plugin's precision, and owns its part of fp32 weights and states.
 
     Stage 1 all-reduces gradients, once a step; stage 2 reduce-scatters them, so that a rank keeps only its part. Both
@@ -90,7 +62,6 @@ class LowLevelZeroPlugin(Plugin):
     """
 
     name = "low_level_zero"
-    compute_form = "copy"
 
     def __init__(  # noqa: PLR0913  the arguments are those that scripts pass
         self,
@@ -135,7 +106,12 @@ class LowLevelZeroPlugin(Plugin):
         self._cpu_offload = cpu_offload
 
     def configure(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        world: World,
+        *,
+        weights: WeightSource | None = None,
     ) -> tuple[ModelWrapper, OptimizerWrapper | None]:
         """See the base class."""
         parameters = list(model.parameters())
@@ -166,89 +142,22 @@ class LowLevelZeroPlugin(Plugin):
                 host_step=self._host_step(optimizer, made, world),
             )
         module = model if dtype == torch.float32 else CastInputs(model, dtype)
-        return _ShardedModel(module, model, [*made, *kept], gradients, world), wrapped
-
-    def configure_criterion(self, criterion: Criterion, world: World) -> Criterion:
-        """See the base class: a loss of 16-bit outputs is computed in fp32."""
-        return criterion if self.precision == "fp32" else CriterionInFp32(criterion)
+        return ShardedModel(module, model, [*made, *kept], gradients, world), wrapped
 
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class: gradients are added up whole, in fp32, until a backward outside of this context."""
-        gradients = _sharded(model).gradients
+        gradients = sharded_model(model).gradients
         return nullcontext() if gradients is None else gradients.kept_local()
 
     def accumulation_context(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class: in stage 2 there is no room for whole gradients, so each micro-batch's are reduced."""
-        gradients = _sharded(model).gradients
+        gradients = sharded_model(model).gradients
         if gradients is None:
             return nullcontext()
         return gradients.kept_local() if self.stage == 1 else gradients.more_to_come()
 
-    def export_model(
-        self, model: ModelWrapper, names: Mapping[torch.Tensor, str], world: World
-    ) -> Iterable[TensorSlice]:
-        """See the base class: weights in fp32, by their owners."""
-        sharded: set[torch.Tensor] = set()
-        for bucket in _sharded(model).buckets:
-            sharded.update(bucket.parameters)
-            for fragment in bucket.fragments:
-                if fragment.parameter in names:
-                    yield fragment_slice(f"model/{names[fragment.parameter]}", fragment, fragment.master)
-        for tensor, name in names.items() if world.is_main else ():
-            if tensor not in sharded:
-                yield whole(f"model/{name}", tensor)
-
-    def export_optimizer(
-        self,
-        optimizer: OptimizerWrapper,
-        names: Mapping[nn.Parameter, str],
-        world: World,
-    ) -> Iterable[TensorSlice]:
-        """See the base class: states by their owners."""
-        wrapped = _sharded_optimizer(optimizer)
-        return optimizer_slices(wrapped.unwrap(), wrapped.fragments, names)
-
-    def export_gradients(
-        self,
-        optimizer: OptimizerWrapper,
-        names: Mapping[nn.Parameter, str],
-        world: World,
-    ) -> Iterable[TensorSlice]:
-        """See the base class: gradients by their owners."""
-        for fragment, gradient in _sharded_optimizer(optimizer).exported_gradients():
-            yield fragment_slice(f"gradient/{names[fragment.parameter]}", fragment, gradient)
-
-    def import_model(self, model: ModelWrapper, names: Mapping[torch.Tensor, str], source: TensorSource) -> None:
-        """See the base class: each rank reads its own part."""
-        sharded = _sharded(model)
-        owned: dict[torch.Tensor, Fragment] = {fragment.parameter: fragment for fragment in sharded.fragments}
-        in_buckets: set[torch.Tensor] = {p for bucket in sharded.buckets for p in bucket.parameters}
-
-        def read() -> None:
-            check_model_source(source, names)
-            with torch.no_grad():
-                for tensor, name in names.items():
-                    if tensor not in in_buckets:
-                        source.read_into(f"model/{name}", tensor)
-                    elif tensor in owned:
-                        fragment = owned[tensor]
-                        source.read_slice_into(f"model/{name}", fragment.cut.start, fragment.master)
-
-        # A rank that cannot read must not leave the others waiting for its part.
-        on_all(sharded.world, read)
-        for bucket in sharded.buckets:
-            bucket.publish().wait()
-
-    def import_optimizer(
-        self, optimizer: OptimizerWrapper, names: Mapping[nn.Parameter, str], source: TensorSource
-    ) -> None:
-        """See the base class: each rank reads its own part."""
-        wrapped = _sharded_optimizer(optimizer)
-        stepped = {p: names[p] for group in wrapped.model_groups for p in group}
-        restore_optimizer(wrapped.unwrap(), wrapped.fragments, stepped, source)
-
     def _gradients(self, buckets: list[Bucket], world: World) -> Gradients:
-        offload = GradientOffload(buckets, world.device) if self._cpu_offload else None
+        offload = GradientOffload(world.device, copy_lane(world.device)) if self._cpu_offload else None
         if world.world_size == 1:
             return LocalGradients(buckets, offload)
         return ReducedGradients(
@@ -263,16 +172,4 @@ class LowLevelZeroPlugin(Plugin):
             stepper = HostStepper(optimizer, threads=stepper_threads(usable_cores(), ranks=world.local_world_size))
         except ConfigError:  # it steps Adam and AdamW alone
             return None
-        return OffloadedStep(stepper, buckets, world.device)
-
-
-def _sharded(model: ModelWrapper) -> _ShardedModel:
-    if not isinstance(model, _ShardedModel):
-        raise ConfigError("give the model that boost returned with this plugin")
-    return model
-
-
-def _sharded_optimizer(optimizer: OptimizerWrapper) -> ShardedOptimizer:
-    if not isinstance(optimizer, ShardedOptimizer):
-        raise ConfigError("give the optimizer that boost returned with this plugin")
-    return optimizer
+        return OffloadedStep(stepper, buckets, world.device, copy_lane(world.device))

@@ -34,7 +34,7 @@ def check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
             raise ConfigError(
                 f"{name} is {parameter.dtype}, which cannot be sharded: call model.float() first, or take TorchDDPPlugin"
             )
-        if parameter.numel() == 0:
+        if parameter.numel() == 0 or parameter.is_meta:
             continue
         other = places.setdefault(parameter.data_ptr(), name)
         if other != name:

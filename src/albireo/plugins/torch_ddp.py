@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from albireo.sharding.weight_source import WeightSource
 from albireo.checkpoint import TensorSlice, TensorSource, whole
 from albireo.distributed import World
 from albireo.errors import ConfigError
@@ -76,7 +77,12 @@ class TorchDDPPlugin(Plugin):
             self._ddp_options["broadcast_buffers"] = False
 
     def configure(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        world: World,
+        *,
+        weights: WeightSource | None = None,
     ) -> tuple[ModelWrapper, OptimizerWrapper | None]:
         """See the base class."""
         module: nn.Module = model

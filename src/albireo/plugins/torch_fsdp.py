@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from albireo.sharding.weight_source import WeightSource
 from albireo.checkpoint import TensorSlice, TensorSource, whole
 from albireo.distributed import World
 from albireo.errors import ConfigError
@@ -65,7 +66,12 @@ class TorchFSDPPlugin(Plugin):
         self._reshard_after_forward = reshard_after_forward
 
     def configure(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        world: World,
+        *,
+        weights: WeightSource | None = None,
     ) -> tuple[ModelWrapper, OptimizerWrapper | None]:
         """See the base class: the model's own parameters are replaced, and it is called as before."""
         from albireo.plugins.fully_sharded import FullyShardedModule, choose_blocks

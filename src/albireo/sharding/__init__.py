@@ -2,6 +2,7 @@
 
 from albireo.sharding.bucket import Bucket, Fragment, make_buckets
 from albireo.sharding.flat import ALIGNMENT, Cut, FlatLayout, Segment, plan_buckets
+from albireo.sharding.flat_parameters import FlatParameters
 from albireo.sharding.gradients import Gradients, LocalGradients
 from albireo.sharding.offload import GradientOffload, OffloadedStep
 from albireo.sharding.optimizer import ShardedOptimizer
@@ -15,6 +16,7 @@ __all__ = [
     "Bucket",
     "Cut",
     "FlatLayout",
+    "FlatParameters",
     "Fragment",
     "GradientOffload",
     "Gradients",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from albireo.device.lanes import Arrival, CopyLane
 from albireo.device.pinned import host_buffer
-from albireo.optim import HostStepper, sum_of_squares
+from albireo.optim import HostStepper, norms_of
 from albireo.sharding.bucket import Bucket, Fragment
+from albireo.sharding.flat_parameters import FlatParameters
 
 __all__ = ["GradientOffload", "OffloadedStep"]
+
+# Gradients on their way hold so much of the device's memory at most; then the device waits for the oldest of them.
+_ON_THEIR_WAY_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,93 +25,137 @@ class _Sent:
     """A gradient on the host, or on its way there."""
 
     host: torch.Tensor
-    squares: torch.Tensor
-    arrived: torch.cuda.Event | None
+    norm: tuple[torch.Tensor, ...]
+    arrival: Arrival
 
 
 class GradientOffload:
-    """Carries gradients to host memory, on a stream of its own.
+    """Carries gradients to host memory beside the computing.
 
     The host buffers are made once, per bucket and dtype, and used again in every step.
 
     Args:
-        buckets: whose fragments.
         device: where the gradients come from.
+        lane: on which they travel; nobody else's.
+        takes: says whether a bucket's gradients are to leave, at any time; all are if None.
+        takes_each: those of every micro-batch leave, and come back for the next to be added; else they wait on the device
+            for the step's last.
+
+    Attributes:
+        takes_each: the same.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], device: torch.device) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        lane: CopyLane,
+        *,
+        takes: Callable[[FlatParameters], bool] | None = None,
+        takes_each: bool = False,
+    ) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._bucket_of = {fragment: bucket for bucket in buckets for fragment in bucket.fragments}
-        self._buffers: dict[tuple[Bucket, torch.dtype], torch.Tensor] = {}
+        self._lane = lane
+        self._takes = takes
+        self.takes_each = takes_each
+        self._buffers: dict[tuple[FlatParameters, torch.dtype], torch.Tensor] = {}
         self._sent: dict[Fragment, _Sent] = {}
+        # What is on its way keeps its memory until the current stream has been ordered behind the copy.
+        self._under_way: deque[tuple[Arrival, int, list[torch.Tensor]]] = deque()
+        self._under_way_bytes = 0
 
-    def send(self, fragment: Fragment, gradient: torch.Tensor) -> None:
-        """Send a gradient on its way. The host does not wait for it.
+    def takes(self, bucket: FlatParameters) -> bool:
+        """Return True if a bucket's gradients are to leave."""
+        return self._takes is None or self._takes(bucket)
+
+    def send(self, bucket: FlatParameters, gradients: Sequence[tuple[Fragment, torch.Tensor]]) -> None:
+        """Send gradients on their way. The host does not wait for them.
 
         Args:
-            fragment: whose.
-            gradient: 1-D, on the device; it may be let go of at once.
+            bucket: whose.
+            gradients: fragments of it, each with its gradient: 1-D, on the device, from now on nobody else's.
         """
-        bucket = self._bucket_of[fragment]
-        key = (bucket, gradient.dtype)
-        if key not in self._buffers:
-            self._buffers[key] = host_buffer(bucket.layout.partition_numel, gradient.dtype, self._device)
-        host = self._buffers[key][fragment.cut.offset : fragment.cut.offset + fragment.cut.numel]
-        squares = sum_of_squares([gradient])
-        arrived: torch.cuda.Event | None = None
-        if self._stream is None:
-            host.copy_(gradient)
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._stream):
-                host.copy_(gradient, non_blocking=True)
-                arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                arrived.record(self._stream)
-            # Its memory must not be given to others of the current stream before it has been read.
-            gradient.record_stream(self._stream)
-        self._sent[fragment] = _Sent(host, squares, arrived)
+        if not gradients:
+            return
+        tensors = [gradient for _, gradient in gradients]
+        norms = norms_of(tensors)
+        places = []
+        for fragment, gradient in gradients:
+            buffer = self._buffer(bucket, gradient.dtype)
+            places.append(buffer[fragment.cut.offset : fragment.cut.offset + fragment.cut.numel])
+        self._lane.follow()
+        arrival: Arrival | None = None
+        for place, gradient in zip(places, tensors, strict=True):
+            arrival = self._lane.copy(place, gradient)
+        if arrival is None:
+            return
+        for (fragment, _), place, norm in zip(gradients, places, norms, strict=True):
+            self._sent[fragment] = _Sent(place, norm, arrival)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        self._under_way.append((arrival, size, tensors))
+        self._under_way_bytes += size
+        while self._under_way_bytes > _ON_THEIR_WAY_BYTES:
+            self._settle_oldest()
+
+    def settle(self) -> None:
+        """Order the current stream behind all that is under way, and let its device memory go."""
+        while self._under_way:
+            self._settle_oldest()
 
     def recall(self, fragment: Fragment) -> torch.Tensor | None:
-        """Bring a gradient back to the device in fp32, for more to be added to it; None if none was sent."""
-        gradient = self.of(fragment)
-        if gradient is None:
+        """Bring a gradient back to the device, for more to be added to it; None if none was sent."""
+        sent = self._sent.pop(fragment, None)
+        if sent is None:
             return None
-        del self._sent[fragment]
-        return gradient.to(self._device, dtype=torch.float32)
+        sent.arrival.synchronize()
+        # Whatever is sent to the same place next follows the current stream, and so comes behind this copy.
+        return sent.host.to(self._device, non_blocking=True, copy=True)
+
+    def forget(self, fragment: Fragment) -> None:
+        """Forget a gradient, if one was sent."""
+        sent = self._sent.pop(fragment, None)
+        if sent is not None:
+            sent.arrival.synchronize()
 
     def of(self, fragment: Fragment) -> torch.Tensor | None:
         """Return a gradient in host memory, once it is there; None if none was sent."""
         sent = self._sent.get(fragment)
         if sent is None:
             return None
-        if sent.arrived is not None:
-            sent.arrived.synchronize()
+        sent.arrival.synchronize()
         return sent.host
 
-    def in_flight(self, fragment: Fragment) -> tuple[torch.Tensor, Callable[[], object] | None] | None:
+    def in_flight(self, fragment: Fragment) -> tuple[torch.Tensor, Callable[[], object]] | None:
         """Return a gradient's place in host memory, and what waits until it is there; None if none was sent."""
         sent = self._sent.get(fragment)
-        if sent is None:
-            return None
-        return sent.host, None if sent.arrived is None else sent.arrived.synchronize
+        return None if sent is None else (sent.host, sent.arrival.synchronize)
 
-    def sum_of_squares(self, fragments: Iterable[Fragment]) -> torch.Tensor:
-        """Return the sum of squares of the gradients that were sent, an fp64 scalar on the device.
-
-        Args:
-            fragments: in the order in which they are added up.
-        """
-        parts = [self._sent[fragment].squares for fragment in fragments if fragment in self._sent]
-        return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+    def norm_of(self, fragment: Fragment) -> tuple[torch.Tensor, ...]:
+        """Return the norm of a gradient that was sent, in parts, on the device; see `albireo.optim.norms_of`."""
+        return self._sent[fragment].norm
 
     def clear(self) -> None:
         """Forget all gradients; the buffers stay."""
         for sent in self._sent.values():
             # A copy that is under way would write into what the next one has written.
-            if sent.arrived is not None:
-                sent.arrived.synchronize()
+            sent.arrival.synchronize()
         self._sent.clear()
+        self.settle()
+
+    def release(self, bucket: FlatParameters) -> None:
+        """Let a bucket's host buffers go: its gradients have been recalled, and do not leave any more."""
+        for key in [key for key in self._buffers if key[0] is bucket]:
+            del self._buffers[key]
+
+    def _buffer(self, bucket: FlatParameters, dtype: torch.dtype) -> torch.Tensor:
+        key = (bucket, dtype)
+        if key not in self._buffers:
+            self._buffers[key] = host_buffer(bucket.layout.partition_numel, dtype, self._device)
+        return self._buffers[key]
+
+    def _settle_oldest(self) -> None:
+        arrival, size, _ = self._under_way.popleft()
+        arrival.wait()
+        self._under_way_bytes -= size
 
 
 class OffloadedStep:
@@ -115,12 +165,14 @@ class OffloadedStep:
         stepper: steps the optimizer's parameters.
         buckets: whose fragments.
         device: where the weights compute.
+        lane: on which new weights travel to it; nobody else's.
     """
 
-    def __init__(self, stepper: HostStepper, buckets: Sequence[Bucket], device: torch.device) -> None:
+    def __init__(
+        self, stepper: HostStepper, buckets: Sequence[Bucket], device: torch.device, lane: CopyLane
+    ) -> None:
         self._stepper = stepper
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._lane = lane
         self._outputs: dict[Fragment, torch.Tensor] = {}
         for bucket in buckets:
             buffer = host_buffer(bucket.layout.partition_numel, bucket.compute.dtype, device)
@@ -138,10 +190,14 @@ class OffloadedStep:
             factor: what they are multiplied by in fp32.
         """
         stepped: list[Fragment] = []
-        if self._stream is not None:
-            # What still reads the weights on the device comes first.
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        ticket = self._stepper.open(factor, on_done=lambda index: self._bring(stepped[index]))
+        arrivals: list[Arrival] = []
+
+        def bring(index: int) -> None:
+            arrivals.append(self._lane.copy(stepped[index].compute, self._outputs[stepped[index]]))
+
+        # What still reads the weights on the device comes first.
+        self._lane.follow()
+        ticket = self._stepper.open(factor, on_done=bring)
         with ticket:
             for fragment in fragments:
                 found = offload.in_flight(fragment)
@@ -151,13 +207,5 @@ class OffloadedStep:
                 stepped.append(fragment)
                 ticket.submit(fragment.master, gradient, output=self._outputs[fragment], ready=ready)
         ticket.wait()
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
-
-    def _bring(self, fragment: Fragment) -> None:
-        """Copy new weights to the device; called on the stepper's thread."""
-        if self._stream is None:
-            fragment.compute.copy_(self._outputs[fragment])
-            return
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            fragment.compute.copy_(self._outputs[fragment], non_blocking=True)
+        if arrivals:
+            arrivals[-1].wait()

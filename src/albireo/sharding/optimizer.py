@@ -12,7 +12,8 @@ from albireo.distributed.collectives import Transfer, sum_in_rank_order
 from albireo.errors import ConfigError
 from albireo.optim import HybridAdam, LossScale
 from albireo.optim.overflow import flagged, leaves_out_by_flag
-from albireo.sharding.bucket import Bucket, Fragment
+from albireo.sharding.bucket import Fragment
+from albireo.sharding.flat_parameters import FlatParameters
 from albireo.sharding.gradients import Gradients
 from albireo.sharding.offload import GradientOffload, OffloadedStep
 from albireo.sharding.part_optimizer import PartOptimizer
@@ -83,7 +84,7 @@ class ShardedOptimizer(PartOptimizer):
         unscaled = self._gradients.is_scaled or not self._scaled
         for fragment, gradient in self._gradients.kept():
             wide = gradient
-            if self._gradients.is_to_be_cast(gradient):
+            if self._gradients.is_to_be_cast(fragment, gradient):
                 wide = torch.empty_like(gradient, dtype=torch.float32)
                 self._gradients.cast([gradient], [wide])
             yield (
@@ -164,7 +165,7 @@ class ShardedOptimizer(PartOptimizer):
             overflow = (~torch.isfinite(self._norm())).float()
         if overflow is None:
             self._step_all()
-        elif self._host_step is None and leaves_out_by_flag(self.optim, (f.master for f, _ in self._gradients.kept())):
+        elif self._steps_on_device and leaves_out_by_flag(self.optim, (f.master for f, _ in self._gradients.kept())):
             with flagged(self.optim, overflow):
                 self._step_all()
         elif not bool(overflow):
@@ -193,6 +194,11 @@ class ShardedOptimizer(PartOptimizer):
             return None
         return self._loss_scale.value
 
+    @property
+    def _steps_on_device(self) -> bool:
+        """True if all that is stepped lies where the flag of an overflow does."""
+        return self._host_step is None
+
     def _norm(self) -> torch.Tensor:
         """Return the true global norm of the step's gradients as they were before clipping."""
         if self._grad_norm is None:
@@ -213,7 +219,15 @@ class ShardedOptimizer(PartOptimizer):
         """Step the buckets that forward needs first, first."""
         if self._host_step is not None and self._gradients.offload is not None:
             self._step_on_host(self._host_step, self._gradients.offload)
-            return
+        else:
+            self._step_where_states_are(list(reversed(self._gradients.buckets)))
+
+    def _step_where_states_are(self, buckets: Sequence[FlatParameters]) -> None:
+        """Step buckets by the optimizer itself, and bring their new weights to all ranks.
+
+        Args:
+            buckets: in the order in which they are stepped.
+        """
         groups = [group["params"] for group in self.optim.param_groups]
         settings = [
             {key: value for key, value in group.items() if key != "params"} for group in self.optim.param_groups
@@ -221,12 +235,12 @@ class ShardedOptimizer(PartOptimizer):
         group_of = {master: number for number, params in enumerate(groups) for master in params}
         gathers: list[Transfer] = []
         try:
-            for buckets in self._batches():
+            for batch in self._batches(buckets):
                 # An optimizer that counts its steps in a group is to count one, however many calls it takes.
                 for group, before in zip(self.optim.param_groups, settings, strict=True):
                     group.update(before)
-                self._step_some(buckets, group_of)
-                for bucket in buckets:
+                self._step_some(batch, group_of)
+                for bucket in batch:
                     gathers.append(bucket.publish())
                     if not self._overlap_gather:
                         gathers.pop().wait()
@@ -248,11 +262,11 @@ class ShardedOptimizer(PartOptimizer):
         for gather in [bucket.publish(is_cast=True) for bucket in reversed(self._gradients.buckets)]:
             gather.wait()
 
-    def _batches(self) -> Iterator[list[Bucket]]:
-        """Yield buckets, as many at a time as may be stepped at once, in the order of forward."""
-        batch: list[Bucket] = []
+    def _batches(self, buckets: Sequence[FlatParameters]) -> Iterator[list[FlatParameters]]:
+        """Yield buckets, as many at a time as may be stepped at once."""
+        batch: list[FlatParameters] = []
         elements = 0
-        for bucket in reversed(self._gradients.buckets):
+        for bucket in buckets:
             if self._in_parts and batch and elements + bucket.layout.partition_numel > _STEP_ELEMENTS:
                 yield batch
                 batch, elements = [], 0
@@ -261,16 +275,16 @@ class ShardedOptimizer(PartOptimizer):
         if batch:
             yield batch
 
-    def _step_some(self, buckets: Sequence[Bucket], group_of: Mapping[nn.Parameter, int]) -> None:
+    def _step_some(self, buckets: Sequence[FlatParameters], group_of: Mapping[nn.Parameter, int]) -> None:
         found = [
             (fragment, gradient)
             for bucket in buckets
             for fragment in bucket.fragments
             if fragment.master in group_of and (gradient := self._gradients.of(fragment)) is not None
         ]
-        narrow = [(fragment, gradient) for fragment, gradient in found if self._gradients.is_to_be_cast(gradient)]
+        narrow = [part for part in found if self._gradients.is_to_be_cast(*part)]
         for fragment, gradient in found:
-            if not self._gradients.is_to_be_cast(gradient):
+            if not self._gradients.is_to_be_cast(fragment, gradient):
                 fragment.master.grad = gradient
         if narrow:
             scratch = torch.empty(

@@ -87,6 +87,9 @@ class PartOptimizer(OptimizerWrapper):
         """
         raise ConfigError("give the optimizer all its groups before boost: parameters cannot be sharded afterwards")
 
+    def flush(self) -> None:
+        """Finish steps that are still under way; there are none unless a subclass makes them."""
+
     @property
     def model_groups(self) -> list[tuple[nn.Parameter, ...]]:
         """The user's parameters, by group."""

@@ -16,7 +16,8 @@ from torch import nn
 from albireo.distributed import World
 from albireo.distributed.collectives import Transfer, all_reduce, reduce_scatter
 from albireo.errors import AlbireoError
-from albireo.sharding.bucket import Bucket, Fragment
+from albireo.sharding.bucket import Fragment
+from albireo.sharding.flat_parameters import FlatParameters
 from albireo.sharding.gradients import Gradients
 from albireo.sharding.offload import GradientOffload
 
@@ -29,7 +30,7 @@ _UNDER_WAY = 2
 class _Filling:
     """What one bucket's gradients are doing."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: FlatParameters) -> None:
         self.bucket = bucket
         # The segments that are waited for before the bucket is sent: those that any rank used in the step before.
         self.expected = [True] * len(bucket.parameters)
@@ -90,20 +91,23 @@ class ReducedGradients(Gradients):
         world: the ranks.
         scatter: each rank gets the sums of its partition alone (stage 2), or all sums, of which it keeps its own.
         overlap: reduce while backward runs; else each reduction is waited for.
+        paced: buckets are sent when `send_until` says so, and not as soon as they are full.
         offload: see the base class.
     """
 
     def __init__(
         self,
-        buckets: Sequence[Bucket],
+        buckets: Sequence[FlatParameters],
         world: World,
         *,
         scatter: bool,
         overlap: bool,
+        paced: bool = False,
         offload: GradientOffload | None = None,
     ) -> None:
         self._world = world
         self._scatter = scatter
+        self._paced = paced
         self._most_under_way = _UNDER_WAY if overlap else 0
         self._fillings = [_Filling(bucket) for bucket in buckets]
         self._places = {p: number for number, bucket in enumerate(buckets) for p in bucket.parameters}
@@ -117,7 +121,7 @@ class ReducedGradients(Gradients):
         self._agreed: set[nn.Parameter] = set()
         super().__init__(buckets, offload)
 
-    def take(self, bucket: Bucket, number: int, gradient: torch.Tensor) -> None:
+    def take(self, bucket: FlatParameters, number: int, gradient: torch.Tensor) -> None:
         """See the base class.
 
         A gradient that was not waited for, or that comes again when its bucket has been sent (as reentrant
@@ -126,8 +130,20 @@ class ReducedGradients(Gradients):
         parameter = bucket.parameters[number]
         self._fillings[self._places[parameter]].add(number, gradient)
         self._touched[parameter] = True
-        if self._reducing:
+        if self._reducing and not self._paced:
             self._send_complete()
+
+    def send_until(self, number: int) -> None:
+        """Send the buckets below a number, in their order, whether all of their gradients have come or not.
+
+        Where other collectives are called between reductions, the moments must be the same on all ranks, and no
+        function of what a rank has used: a gradient that comes later goes into a new buffer, which `finish` sends.
+
+        Args:
+            number: one past the last bucket.
+        """
+        while self._reducing and self._next < number:
+            self._send_next()
 
     @property
     def has_unsent(self) -> bool:
@@ -143,8 +159,9 @@ class ReducedGradients(Gradients):
                 if is_late:
                     self._send(filling)
             self._settle(0)
-            if not self._more_to_come:
-                self._offload_all()
+            for filling in self._fillings:
+                self._offload(filling)
+            self._forget_unused()
         self._kept_back = not self._reducing
         self._end_backward()
 
@@ -163,9 +180,20 @@ class ReducedGradients(Gradients):
         if fragment.parameter not in self._agreed:
             return None
         reduced = self._fillings[self._places[fragment.parameter]].reduced
-        if reduced is None:
+        if reduced is None or self._is_offloaded(fragment):
             return None if self.offload is None else self.offload.of(fragment)
         return reduced[fragment.cut.offset : fragment.cut.offset + fragment.cut.numel]
+
+    def _keep(self, fragment: Fragment, gradient: torch.Tensor) -> None:
+        filling = self._fillings[self._places[fragment.parameter]]
+        if filling.reduced is None:
+            filling.reduced = gradient.new_zeros(filling.bucket.layout.partition_numel)
+        filling.reduced[fragment.cut.offset : fragment.cut.offset + fragment.cut.numel].copy_(gradient)
+
+    def kept_bytes(self, bucket: FlatParameters) -> int:
+        """See the base class."""
+        reduced = [filling.reduced for filling in self._fillings if filling.bucket is bucket]
+        return sum(part.numel() * part.element_size() for part in reduced if part is not None)
 
     def clear(self) -> None:
         """See the base class."""
@@ -223,18 +251,30 @@ class ReducedGradients(Gradients):
                 filling.reduced = result.mul_(mean) if self._scatter else result * mean
             else:
                 filling.reduced.add_(result, alpha=mean)
+            self._offload(filling)
 
-    def _offload_all(self) -> None:
+    def _offload(self, filling: _Filling) -> None:
         """Take what is reduced to the host, added to what is there of the same step."""
-        for filling in self._fillings if self.offload is not None else ():
-            if self.offload is None or filling.reduced is None:
-                continue
+        offload = self._offload_of(filling.bucket)
+        if offload is None or filling.reduced is None:
+            return
+        parts = []
+        for fragment in filling.bucket.fragments:
+            gradient = filling.reduced[fragment.cut.offset : fragment.cut.offset + fragment.cut.numel]
+            earlier = offload.recall(fragment)
+            parts.append((fragment, gradient if earlier is None else earlier.add_(gradient)))
+        offload.send(filling.bucket, parts)
+        filling.reduced = None
+
+    def _forget_unused(self) -> None:
+        """Forget what went to the host of parameters that no rank has a gradient of: zeros."""
+        if self.offload is None:
+            return
+        for filling in self._fillings:
             for fragment in filling.bucket.fragments:
-                gradient = filling.reduced[fragment.cut.offset : fragment.cut.offset + fragment.cut.numel]
-                earlier = self.offload.recall(fragment)
-                if fragment.parameter in self._agreed:
-                    self.offload.send(fragment, gradient if earlier is None else earlier.add_(gradient))
-            filling.reduced = None
+                if fragment.parameter not in self._agreed:
+                    self.offload.forget(fragment)
+        self.offload.settle()
 
     def _agree(self, *, abandoned: bool) -> list[bool]:
         """Learn from all ranks what was used, and which buckets still hold something on any of them.

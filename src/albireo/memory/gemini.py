@@ -1,0 +1,274 @@
+"""Gemini put together: a model's chunks, what moves them, and what decides where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from albireo.device.pool import DevicePool
+from albireo.distributed import World
+from albireo.memory.chunk import Chunk, States
+from albireo.memory.conductor import Conductor
+from albireo.memory.host_steps import HostSteps
+from albireo.memory.itinerary import Itinerary
+from albireo.memory.layout import ChunkPlan, ParameterFacts, UnitFacts, plan_chunks
+from albireo.memory.module import hook_units
+from albireo.memory.optimizer import GeminiOptimizer
+from albireo.memory.placement import Placement
+from albireo.memory.planner import MemoryLimits, PlacementPolicy, Planner
+from albireo.memory.budget import Trace
+from albireo.memory.sizes import ChunkSizes
+from albireo.memory.stats import MemStatsCollector
+from albireo.memory.tensors import StatefulTensorManager, places_of
+from albireo.memory.units import Unit, find_units
+from albireo.optim import HostStepper, LossScale
+from albireo.sharding import FlatLayout, GradientOffload, Gradients, LocalGradients, ReducedGradients
+from albireo.sharding.weight_source import WeightSource
+
+__all__ = ["Gemini", "Setting"]
+
+# What the step of states on the device takes beside them: 16-bit gradients are cast in pieces of so much.
+_STEP_BYTES = 160 * 2**20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how a model is to be trained.
+
+    Attributes:
+        world: the ranks.
+        pool: the device's memory.
+        policy: what the user says of placement.
+        limits: what memory there is.
+        chunk_elements: how many elements a chunk has, about.
+        peak_bytes: returns the most that was allocated on the device since the last call.
+    """
+
+    world: World
+    pool: DevicePool
+    policy: PlacementPolicy
+    limits: MemoryLimits
+    chunk_elements: int
+    peak_bytes: Callable[[], int]
+
+
+class Gemini:
+    """A model in chunks. Making it moves all of its parameters of floating point there, and hooks its units.
+
+    Args:
+        model: any module, whose parameters may be without memory.
+        dtypes: what each parameter computes in; those that are not here stay as they are.
+        trained: parameters that an optimizer is to step.
+        source: where the first weights come from.
+        setting: where and how.
+
+    Attributes:
+        chunks: those that the next forward needs first, first.
+        gradients: takes the gradients of those that are trained.
+        manager: moves chunks.
+        conductor: hears what units do.
+
+    Raises:
+        OutOfMemoryError: no placement can work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtypes: Mapping[nn.Parameter, torch.dtype],
+        trained: frozenset[nn.Parameter],
+        source: WeightSource,
+        setting: Setting,
+    ) -> None:
+        self._setting = setting
+        units = [
+            Unit(unit.name, unit.module, tuple(p for p in unit.parameters if p in dtypes and p.numel() > 0))
+            for unit in find_units(model)
+        ]
+        parameters = [parameter for unit in units for parameter in unit.parameters]
+        plans = _plan(units, parameters, dtypes, trained, setting)
+        sizes = [_sizes(plan, parameters, dtypes, trained, setting.world) for plan in plans]
+        orders = [[n for n, plan in enumerate(plans) if number in plan.units] for number in range(len(units))]
+        self._planner = Planner(sizes, orders, setting.policy, setting.limits)
+        placement = self._planner.initial()
+        self.chunks = tuple(
+            _make_chunk(number, plan, [parameters[place] for place in plan.parameters], sizes[number], source, setting,
+                        placement)
+            for number, plan in enumerate(plans)
+        )  # fmt: skip
+        self.manager = StatefulTensorManager(self.chunks, setting.pool)
+        self.gradients = self._make_gradients()
+        self._collector = MemStatsCollector(setting.peak_bytes, self._model_bytes)
+        self.conductor = Conductor(
+            units,
+            {unit: [self.chunks[number] for number in order] for unit, order in zip(units, orders, strict=True)},
+            trained,
+            self.manager,
+            self._collector,
+            prefetch=setting.policy.prefetch,
+        )
+        self.conductor.on_step_begins = self._begin_step
+        self.conductor.on_backward_enters = self._pace
+        self.gradients.on_taken = lambda bucket, number: self.conductor.gradient_taken(bucket.parameters[number])
+        hook_units(units, self.conductor)
+        self._optimizer: torch.optim.Optimizer | None = None
+        # The trace of the largest batch so far, and how large that was.
+        self._trace: Trace | None = None
+        self._elements = 0
+        self.placement = placement
+
+    def wrap(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        loss_scale: LossScale | None,
+        max_norm: float,
+        make_stepper: Callable[[], HostStepper] | None,
+    ) -> GeminiOptimizer:
+        """Return an optimizer over the chunks' parameters.
+
+        Args:
+            optimizer: the user's.
+            loss_scale: for fp16.
+            max_norm: clip to this norm in each step that has not been clipped; 0 does not.
+            make_stepper: makes what steps on the host beside the rest; None: the optimizer itself steps there.
+        """
+        trained = [chunk for chunk in self.chunks if chunk.trained]
+        wrapped = GeminiOptimizer(
+            optimizer,
+            self.gradients,
+            self._setting.world,
+            manager=self.manager,
+            conductor=self.conductor,
+            chunks=trained,
+            loss_scale=loss_scale,
+            max_norm=max_norm,
+        )
+        if make_stepper is not None:
+            wrapped.make_host_steps = lambda: HostSteps(make_stepper(), self._setting.pool.to_device)
+        wrapped.before_clip = self._end_backwards
+        self._optimizer = optimizer
+        return wrapped
+
+    def flush(self) -> None:
+        """Finish steps that are under way, before weights or states are read."""
+        self.manager.flush()
+
+    def _make_gradients(self) -> Gradients:
+        trained = [chunk for chunk in self.chunks if chunk.trained]
+        # About the order in which gradients come; the root's are complete last.
+        ordered = [c for c in reversed(trained) if not c.is_root] + [c for c in trained if c.is_root]
+        world, pool = self._setting.world, self._setting.pool
+        offload = GradientOffload(world.device, pool.to_host, takes=self._is_on_host, takes_each=True)
+        if world.world_size == 1:
+            return LocalGradients(ordered, offload)
+        return ReducedGradients(ordered, world, scatter=True, overlap=True, paced=True, offload=offload)
+
+    def _is_on_host(self, bucket: object) -> bool:
+        return isinstance(bucket, Chunk) and bucket.states_place == "host"
+
+    def _pace(self, done: frozenset[Chunk]) -> None:
+        """Reduce gradients up to the first chunk whose backward is not over, the same on all ranks."""
+        if isinstance(self.gradients, ReducedGradients):
+            buckets = self.gradients.buckets
+            first = next((place for place, bucket in enumerate(buckets) if bucket not in done), len(buckets))
+            self.gradients.send_until(first)
+
+    def _begin_step(self, elements: int) -> None:
+        """See whether anything is known of a batch as large as this one."""
+        elements = int(max(row[0] for row in self._setting.world.gather_numbers([float(elements)])))
+        if elements <= self._elements:
+            return
+        if self._trace is not None:
+            # Before it is too late: activations grow as the batch does.
+            self._apply(self._planner.scaled(self._trace, elements / self._elements))
+        self._elements = elements
+        self._collector.start()
+
+    def _end_backwards(self) -> None:
+        """Decide, by what was seen, where chunks are from here on; the step is made there already."""
+        if self._collector.is_collecting:
+            trace = self._collector.finish(self._setting.world, step_bytes=_STEP_BYTES)
+            if len(trace) > 1:
+                self._apply(trace)
+                self._trace = trace
+
+    def _apply(self, trace: Trace) -> None:
+        self.placement = self._planner.place(trace, accumulates=self.conductor.backwards > 1)
+        offload = self.gradients.offload
+        for chunk in self.manager.apply(self.placement, self._optimizer):
+            self.gradients.recall(chunk)
+            if offload is not None:
+                offload.release(chunk)
+        self.conductor.itinerary = Itinerary(trace, self.placement)
+
+    def _model_bytes(self) -> int:
+        """Return what chunks, their states and the gradients that wait for the step take on the device."""
+        on_device = [chunk for chunk in self.chunks if chunk.trained and chunk.states_place == "device"]
+        states = 0
+        for fragment in (fragment for chunk in on_device for fragment in chunk.fragments):
+            kept = self._optimizer.state.get(fragment.master, {}) if self._optimizer is not None else {}
+            states += sum(t.numel() * t.element_size() for t in kept.values() if isinstance(t, torch.Tensor))
+        return self._setting.pool.owned_bytes + states + sum(self.gradients.kept_bytes(chunk) for chunk in on_device)
+
+
+def _plan(
+    units: list[Unit],
+    parameters: list[nn.Parameter],
+    dtypes: Mapping[nn.Parameter, torch.dtype],
+    trained: frozenset[nn.Parameter],
+    setting: Setting,
+) -> list[ChunkPlan]:
+    numbers = {parameter: number for number, parameter in enumerate(parameters)}
+    policy = setting.policy
+    static = policy.kind == "static"
+    return plan_chunks(
+        [ParameterFacts(parameter.numel(), (dtypes[parameter], parameter in trained)) for parameter in parameters],
+        [UnitFacts(unit.name, tuple(numbers[p] for p in unit.parameters)) for unit in units],
+        root=len(units) - 1,
+        chunk_elements=setting.chunk_elements,
+        borders=(policy.offload_optim_frac, policy.offload_param_frac, policy.shard_param_frac) if static else (),
+    )
+
+
+def _sizes(
+    plan: ChunkPlan,
+    parameters: list[nn.Parameter],
+    dtypes: Mapping[nn.Parameter, torch.dtype],
+    trained: frozenset[nn.Parameter],
+    world: World,
+) -> ChunkSizes:
+    members = [parameters[place] for place in plan.parameters]
+    numel = FlatLayout.of([member.shape for member in members], world.world_size).numel
+    return ChunkSizes(numel, world.world_size, dtypes[members[0]], members[0] in trained, plan.is_root)
+
+
+def _make_chunk(
+    number: int,
+    plan: ChunkPlan,
+    members: list[nn.Parameter],
+    sizes: ChunkSizes,
+    source: WeightSource,
+    setting: Setting,
+    placement: Placement,
+) -> Chunk:
+    resident = number in placement.resident
+    states: States
+    states, home = places_of(sizes, resident=resident, on_device=number in placement.states_on_device)
+    chunk = Chunk(
+        number,
+        members,
+        sizes.dtype,
+        setting.world,
+        setting.pool,
+        source,
+        trained=sizes.trained,
+        is_root=plan.is_root,
+        states=states,
+        home=home,
+    )
+    chunk.resident = resident
+    return chunk

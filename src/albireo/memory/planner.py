@@ -1,0 +1,152 @@
+"""The planner: from what is known of a model, its memories and a step to a placement."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from albireo.memory.budget import ChunkBytes, Trace, Use
+from albireo.memory.placement import Placement, place_automatically, place_for_warmup, place_statically
+from albireo.memory.sizes import ChunkSizes
+
+__all__ = ["MemoryLimits", "PlacementPolicy", "Planner"]
+
+@dataclass(frozen=True)
+class PlacementPolicy:
+    """What the user says of placement.
+
+    Attributes:
+        kind: "auto" decides by what a warm-up step saw; "static" keeps to the shares.
+        offload_optim_frac: static: the share of optimizer states that are on the host, by bytes.
+        offload_param_frac: static: the share of weights that are at home on the host, by bytes.
+        shard_param_frac: static, over several ranks: the share of weights of which each rank has its part alone, by bytes.
+        prefetch: how many units ahead fetches begin.
+    """
+
+    kind: Literal["auto", "static"] = "auto"
+    offload_optim_frac: float = 0.0
+    offload_param_frac: float = 0.0
+    shard_param_frac: float = 1.0
+    prefetch: int = 2
+
+
+@dataclass(frozen=True)
+class MemoryLimits:
+    """What there is for one rank, in bytes.
+
+    Attributes:
+        device: for all that torch's allocator gives; None: no bound.
+        host: for what is offloaded; None: nobody knows.
+    """
+
+    device: int | None
+    host: int | None
+
+
+class Planner:
+    """Makes placements. The same inputs give the same on every rank.
+
+    Args:
+        sizes: those of all chunks, those that the next forward needs first, first.
+        orders: the chunks of each unit, in the order of execution; the last is the root.
+        policy: what the user says.
+        limits: what there is.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[ChunkSizes],
+        orders: Sequence[Sequence[int]],
+        policy: PlacementPolicy,
+        limits: MemoryLimits,
+    ) -> None:
+        self._sizes = tuple(sizes)
+        self._orders = [tuple(order) for order in orders]
+        self.policy = policy
+        self.limits = limits
+
+    def initial(self) -> Placement:
+        """Return where all begins, before anything is known of a step.
+
+        Raises:
+            OutOfMemoryError: no placement can work.
+        """
+        if self.policy.kind == "static":
+            return self.place(self._expected(), accumulates=False)
+        states, resident = place_for_warmup(self._bytes(accumulates=False), host_bytes=self.limits.host)
+        return Placement(
+            states_on_device=frozenset(states),
+            resident=frozenset(resident),
+            keeps=frozenset(),
+            fetches=(),
+            device_bytes=0,
+            host_bytes=0,
+            traffic_bytes=0,
+        )
+
+    def place(self, trace: Trace, *, accumulates: bool) -> Placement:
+        """Return a placement for a step.
+
+        Args:
+            trace: what the step uses.
+            accumulates: it has several micro-batches, whose gradients are added up in fp32.
+
+        Raises:
+            OutOfMemoryError: no placement can work.
+        """
+        chunks, policy = self._bytes(accumulates=accumulates), self.policy
+        if policy.kind == "auto":
+            room = 2**62 if self.limits.device is None else self.limits.device
+            return place_automatically(
+                trace, chunks, device_bytes=room, host_bytes=self.limits.host, prefetch=policy.prefetch
+            )
+        placed = place_statically(
+            trace,
+            chunks,
+            offload_optim_frac=policy.offload_optim_frac,
+            offload_param_frac=policy.offload_param_frac,
+            prefetch=policy.prefetch,
+            device_bytes=self.limits.device,
+            host_bytes=self.limits.host,
+        )
+        return self._sharded(placed)
+
+    def scaled(self, trace: Trace, factor: float) -> Trace:
+        """Return a trace as it would be for a larger batch.
+
+        Args:
+            trace: of a batch that was seen.
+            factor: how many times as large the next one is. Activations grow no faster.
+        """
+        return tuple(dataclasses.replace(use, other_bytes=math.ceil(use.other_bytes * factor)) for use in trace)
+
+    def _sharded(self, placement: Placement) -> Placement:
+        """Take the share that is to be in parts out of those that never leave, from the end of the order."""
+        if self._sizes[0].ranks == 1:
+            return placement
+        total = sum(sizes.weights for sizes in self._sizes)
+        left = self.policy.shard_param_frac * total
+        resident = set(placement.resident)
+        for number in reversed(range(len(self._sizes))):
+            size = self._sizes[number].weights
+            if left < size / 2:
+                break
+            left -= size
+            resident.discard(number)
+        return dataclasses.replace(placement, resident=frozenset(resident))
+
+    def _bytes(self, *, accumulates: bool) -> list[ChunkBytes]:
+        return [sizes.bytes(accumulates=accumulates) for sizes in self._sizes]
+
+    def _expected(self) -> Trace:
+        """Return the uses of a step that calls each unit once, in order."""
+        root, units = frozenset(self._orders[-1]), self._orders[:-1]
+        forward: list[Use] = [Use(root, 0, "forward"), *(Use(root | set(unit), 0, "forward") for unit in units)]
+        backward: list[Use] = [
+            Use(root, 0, "backward"),
+            *(Use(root | set(unit), 0, "backward") for unit in reversed(units)),
+        ]
+        return (*forward, *backward, Use(frozenset(), 0, "step"))
