@@ -14,7 +14,7 @@ from albireo.distributed import World
 from albireo.errors import ConfigError
 from albireo.models import FAMILIES
 from albireo.optim import HybridAdam, decay_groups
-from albireo.plugins import LowLevelZeroPlugin, Plugin, TorchDDPPlugin, TorchFSDPPlugin
+from albireo.plugins import GeminiPlugin, LowLevelZeroPlugin, Plugin, TorchDDPPlugin, TorchFSDPPlugin
 from albireo.training.causal_lm import CausalLanguageModel
 from albireo.verify import Verifier
 
@@ -29,9 +29,21 @@ PLUGINS: Mapping[str, Callable[..., Plugin]] = {
     "zero1": lambda precision: LowLevelZeroPlugin(stage=1, precision=precision, **SMALL),
     "zero2": lambda precision: LowLevelZeroPlugin(stage=2, precision=precision, **SMALL),
     "zero2_offload": lambda precision: LowLevelZeroPlugin(stage=2, precision=precision, cpu_offload=True, **SMALL),
+    "gemini": lambda precision: GeminiPlugin(precision=precision, **CHUNKS),
+    "gemini_capped": lambda precision: GeminiPlugin(precision=precision, mem_cap_bytes=CAP_BYTES[precision], **CHUNKS),
+    "gemini_half": lambda precision: GeminiPlugin(
+        precision=precision, offload_optim_frac=0.5, offload_param_frac=0.5, shard_param_frac=0.5, **CHUNKS
+    ),
+    "gemini_away": lambda precision: GeminiPlugin(
+        precision=precision, offload_optim_frac=1.0, offload_param_frac=1.0, max_prefetch=0, **CHUNKS
+    ),
 }
 # Several buckets, each over several parameters; a scale that does not overflow at once.
 SMALL: dict[str, Any] = {"reduce_bucket_size_in_m": 0.01, "initial_scale": 2.0**10}
+
+CHUNKS: dict[str, Any] = {"min_chunk_size_m": 0.004, "initial_scale": 2.0**10}
+# Of what chunks take on the simulated device: not enough for all, whatever the model.
+CAP_BYTES = {"fp32": 150_000, "bf16": 100_000, "fp16": 100_000}
 
 AXES: dict[str, list[Any]] = {
     "plugin": list(PLUGINS),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +30,8 @@ from albireo.sharding.weight_source import WeightSource
 
 __all__ = ["Gemini", "Setting"]
 
-# What the step of states on the device takes beside them: 16-bit gradients are cast in pieces of so much.
-_STEP_BYTES = 160 * 2**20
+# What the step of states on the device takes beside them: 16-bit gradients are cast in pieces of so many elements.
+_STEP_ELEMENTS = 40 * 2**20
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,9 @@ class Gemini:
         self._optimizer: torch.optim.Optimizer | None = None
         # The trace of the largest batch so far, and how large that was.
         self._trace: Trace | None = None
+        # A simulated device holds chunks alone.
+        elements = sum(chunk.numel for chunk in sizes if chunk.trained and chunk.dtype != torch.float32)
+        self._step_bytes = 0 if setting.pool.is_simulated else 4 * min(elements, _STEP_ELEMENTS)
         self._elements = 0
         self.placement = placement
 
@@ -157,6 +160,14 @@ class Gemini:
         """Finish steps that are under way, before weights or states are read."""
         self.manager.flush()
 
+    def readable_weights(self) -> Iterator[nn.Parameter]:
+        """Yield parameters as they compute, a chunk at a time; each may be read until the next one is asked for."""
+        self.flush()
+        for chunk in self.chunks:
+            self.manager.use(chunk)
+            yield from chunk.parameters
+            self.manager.drop(chunk)
+
     def _make_gradients(self) -> Gradients:
         trained = [chunk for chunk in self.chunks if chunk.trained]
         # About the order in which gradients come; the root's are complete last.
@@ -191,7 +202,7 @@ class Gemini:
     def _end_backwards(self) -> None:
         """Decide, by what was seen, where chunks are from here on; the step is made there already."""
         if self._collector.is_collecting:
-            trace = self._collector.finish(self._setting.world, step_bytes=_STEP_BYTES)
+            trace = self._collector.finish(self._setting.world, step_bytes=self._step_bytes)
             if len(trace) > 1:
                 self._apply(trace)
                 self._trace = trace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, cast
@@ -133,6 +133,16 @@ class Plugin(ABC):
             world: the ranks.
             weights: the first weights of a model whose parameters have no memory; None: they are in the parameters.
         """
+
+    def readable_weights(self, model: ModelWrapper) -> Iterator[nn.Parameter]:
+        """Yield the model's parameters as they compute; each may be read until the next one is asked for.
+
+        Called by all ranks, between steps.
+
+        Args:
+            model: the wrapped model.
+        """
+        yield from model.unwrap().parameters()
 
     @abstractmethod
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -24,6 +25,18 @@ from albireo.sharding import ShardedOptimizer
 from albireo.sharding.weight_source import ParameterValues, WeightSource
 
 __all__ = ["GeminiPlugin"]
+
+
+class _GeminiModel(ShardedModel):
+    """A model in chunks.
+
+    Attributes:
+        gemini: the mechanism.
+    """
+
+    def __init__(self, module: nn.Module, original: nn.Module, gemini: Gemini, world: World) -> None:
+        super().__init__(module, original, gemini.chunks, gemini.gradients, world, flushes=gemini)
+        self.gemini = gemini
 
 
 class GeminiPlugin(PartsPlugin):
@@ -148,7 +161,17 @@ class GeminiPlugin(PartsPlugin):
                 make_stepper=_stepper_for(optimizer, world),
             )
         module = model if dtype == torch.float32 else CastInputs(model, dtype)
-        return ShardedModel(module, model, gemini.chunks, gemini.gradients, world, flushes=gemini), wrapped
+        return _GeminiModel(module, model, gemini, world), wrapped
+
+    def readable_weights(self, model: ModelWrapper) -> Iterator[nn.Parameter]:
+        """See the base class: a chunk at a time is fetched."""
+        if not isinstance(model, _GeminiModel):
+            raise ConfigError("give the model that boost returned with this plugin")
+        seen: set[nn.Parameter] = set()
+        for parameter in model.gemini.readable_weights():
+            seen.add(parameter)
+            yield parameter
+        yield from (parameter for parameter in model.unwrap().parameters() if parameter not in seen)
 
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class: there is no room for whole gradients, so each micro-batch's go where they are stepped."""

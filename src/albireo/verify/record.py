@@ -73,8 +73,9 @@ class RankRecord:
         A parameter that is itself sharded has none: what computes is then made of the owners' parts in each forward.
         """
         found = {}
-        for parameter, name in self._parameters.items():
-            if not hasattr(parameter, "to_local"):
+        for parameter in self._plugin.readable_weights(self._model):
+            name = self._parameters.get(parameter)
+            if name is not None and not hasattr(parameter, "to_local"):
                 dtype = str(parameter.dtype).removeprefix("torch.")
                 found[name] = [dtype, fingerprint(parameter.detach())]
         return found
