@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from albireo.errors import ModelError
 from albireo.models.family import Family
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = ["compile_blocks"]
 

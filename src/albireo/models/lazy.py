@@ -1,9 +1,11 @@
 """Building one's own modules without memory for their parameters: `LazyInitContext`.
 
 The constructors run as they are. All that they compute is computed, so buffers are real and numbers can be looked at,
-but a parameter that a module registers is replaced by one on the meta device. What was done to its values before, and
-is done after, is written down (`models/recording`), whoever does it: a module's `reset_parameters`, the model's own
-`_init_weights`, a line in a constructor, `copy.deepcopy`. So each parameter can be made alone, later, in any order.
+but a parameter that a module registers is replaced by one on the meta device, by a hook of torch's for just that. What
+was done to its values before, and is done after, is written down (`models/recording`), whoever does it: a module's
+`reset_parameters`, the model's own `_init_weights`, a line in a constructor, `copy.deepcopy`. So each parameter can be
+made alone, later, in any order. A rule such as "call reset_parameters" would be simpler, and wrong without a word for
+every model that has a rule of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch.nn.modules.module import (
 )
 
 from albireo.errors import ConfigError, ModelError
+from albireo.models.disguise import Disguise
 from albireo.models.recording import Origin, Recording, origin_of
 from albireo.sharding.weight_source import check_range
 
@@ -38,8 +41,9 @@ class LazyInitContext:
     A plugin then gives each part of the model memory and values where it belongs. What is drawn is decided by the
     seed and by the order of the draws in the constructors, and so is the same on every rank and in whatever order
     parameters are made; torch's global random state is neither used nor changed, and a generator that is passed to a
-    draw is not looked at. Parameters that are not of floating point, and those of a class of their own, keep their
-    memory. A parameter may be cast after the context too; deep copies must be made within.
+    draw is not looked at. Until the context ends, parameters look as if they were in host memory. Those that are not
+    of floating point, or of a class of their own, keep their memory. Parameters may be cast after the context too;
+    deep copies must be made within.
 
     Args:
         default_device: where everything but parameters is made; host memory if None.
@@ -63,6 +67,7 @@ class LazyInitContext:
             stack.callback(register_module_buffer_registration_hook(cast("Any", self._keep_real)).remove)
             stack.enter_context(self._device)
             stack.enter_context(self._recording)
+            stack.enter_context(Disguise(self._recording))
             self._stack = stack.pop_all()
         return self
 
@@ -74,26 +79,26 @@ class LazyInitContext:
 
     def _send_away(self, _module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         """Return what a module is to register in place of a parameter; None if that is the parameter itself."""
-        if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.is_floating_point():
-            return None
-        if parameter.layout != torch.strided:
-            return None
-        away: nn.Parameter | None = getattr(parameter, _REPLACED_BY, None)
-        if away is None:
-            away = nn.Parameter(self._recording.send_away(parameter), requires_grad=parameter.requires_grad)
-            away.__dict__.update(parameter.__dict__)
-            # A parameter that is cast later has other memory, and still begins like this.
-            setattr(away, _ORIGIN, origin_of(away))
-            setattr(parameter, _REPLACED_BY, away)
-        return away
+        with self._recording.paused():
+            if type(parameter) is not nn.Parameter or parameter.is_meta or not parameter.is_floating_point():
+                return None
+            if parameter.layout != torch.strided:
+                return None
+            away: nn.Parameter | None = getattr(parameter, _REPLACED_BY, None)
+            if away is None:
+                away = nn.Parameter(self._recording.send_away(parameter), requires_grad=parameter.requires_grad)
+                away.__dict__.update(parameter.__dict__)
+                # A parameter that is cast later has other memory, and still begins like this.
+                setattr(away, _ORIGIN, origin_of(away))
+                setattr(parameter, _REPLACED_BY, away)
+            return away
 
     def _keep_real(self, _module: nn.Module, _name: str, buffer: Tensor | None) -> Tensor | None:
         """Return what a module is to register in place of a buffer: the values, if they came of a parameter."""
-        origin = origin_of(buffer) if buffer is not None else None
-        if buffer is None or origin is None or origin.recording is not self._recording:
+        if buffer is None or not self._recording.has_away(buffer):
             return None
         with self._recording.paused():
-            return self._recording.values(origin.view).to(self._device)
+            return self._recording.values_of(buffer).to(self._device)
 
 
 class LazyWeights:
@@ -157,7 +162,7 @@ def lazy_source_of(model: nn.Module) -> LazyWeights | None:
         )
         if parameter.is_meta and origin is None:
             lost = lost or name
-        if origin is not None and not origin.recording.is_given(origin.view):
+        if origin is not None and parameter.numel() > 0 and not origin.recording.is_given(origin.view):
             owner = model.get_submodule(name.rpartition(".")[0])
             raise ModelError(
                 f"the parameter {name} of a {type(owner).__name__} never gets a value: give it one in the module's "

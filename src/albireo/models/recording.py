@@ -12,7 +12,7 @@ draw is the same when it is made again, alone or in another order, and torch's g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from albireo.device import seed_of
 from albireo.errors import ModelError
+from albireo.models.arguments import instances, replaced, schema_of, written_by
 
 __all__ = ["Origin", "Recording", "View", "origin_of"]
 
@@ -53,10 +54,13 @@ class View(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where the values of a tensor that is away come from."""
+    """Where the values of a tensor that is away come from. Pickled with a parameter, it becomes None."""
 
     recording: Recording
     view: View
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nothing, ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         self._writers: list[list[int]] = []
         self._size_bytes: list[int] = []
         self._known: dict[int, _Known] = {}
+        self._away: set[int] = set()
         self._is_paused = False
 
     @contextmanager
@@ -118,9 +123,27 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         """Return a context in which nothing is written down."""
         before, self._is_paused = self._is_paused, True
         try:
-            yield
+            with _undisguised():
+                yield
         finally:
             self._is_paused = before
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing is written down at the moment."""
+        return self._is_paused
+
+    def has_away(self, value: object) -> bool:
+        """Whether a value is a tensor of this recording that is away, or whose memory another one is away for."""
+        if not isinstance(value, Tensor):
+            return False
+        with self.paused():
+            return _has_memory(value) and self._is_away(value)
+
+    def values_of(self, tensor: Tensor) -> Tensor:
+        """Return the values of a tensor that is away; see `values`."""
+        with self.paused():
+            return self.values(self._view_of(tensor))
 
     def send_away(self, tensor: Tensor) -> Tensor:
         """Return a tensor on the meta device that stands for one with memory, and for the same memory as far as is known.
@@ -130,6 +153,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         """
         with self.paused():
             view = self._view_of(tensor)
+            self._away.add(view.storage)
             base = torch.empty(
                 self._size_bytes[view.storage] // tensor.element_size(), dtype=tensor.dtype, device="meta"
             )
@@ -160,42 +184,54 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Compute or only write down an operation; torch calls it."""
-        given = dict(kwargs or {})
-        if self._is_paused or not all(self._is_followed(tensor) for tensor in _tensors((args, given))):
+        with _undisguised():
+            return self._follow(func, args, dict(kwargs or {}))
+
+    def _follow(self, func: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        if self._is_paused or not all(self._is_followed(tensor) for tensor in instances((args, given), Tensor)):
             return func(*args, **given)
-        written, schema = _written(func, args, given), _schema_of(func)
+        written = written_by(func, args, given)
         if given.get("generator") is not None:
             given["generator"] = None  # its place in its own stream could not be found again
         seed = None
         if torch.Tag.nondeterministic_seeded in func.tags:
             seed, self._draws = seed_of(self._seed, self._draws), self._draws + 1
-        noted_args, noted_kwargs = _mapped(args, self._view_of), _mapped(given, self._view_of)
+        noted_args, noted_kwargs = replaced(args, Tensor, self._view_of), replaced(given, Tensor, self._view_of)
         for tensor in written:
             self._own(self._view_of(tensor).storage)
-        gives_tensors = any("Tensor" in str(returned.type) for returned in schema.returns)
-        is_away = any(tensor.is_meta for tensor in _tensors((args, given)))
-        if not is_away:
-            result = _called(func, args, given, seed)
-        elif (gives_tensors or written) and all(tensor.is_meta for tensor in written):
-            if given.get("device") is not None:
-                given["device"] = torch.device("meta")
-            result = func(*_mapped(args, _on_meta), **_mapped(given, _on_meta))
-        else:
-            # A number is asked for, or a tensor with memory is to take values that are away.
-            result = _called(func, _mapped(args, self._with_memory), _mapped(given, self._with_memory), seed)
+        result = self._result(func, args, given, written, seed)
         self._write_down(func, noted_args, noted_kwargs, result, written, seed)
         return result
+
+    def _result(self, func: Any, args: Any, kwargs: dict[str, Any], written: Sequence[Tensor], seed: int | None) -> Any:
+        """Compute an operation, or only its results' shapes if a tensor is away."""
+        if not any(self._is_away(tensor) for tensor in instances((args, kwargs), Tensor)):
+            return _called(func, args, kwargs, seed)
+        gives_tensors = any("Tensor" in str(returned.type) for returned in schema_of(func).returns)
+        if (gives_tensors or written) and all(self._is_away(tensor) for tensor in written):
+            device = {"device": torch.device("meta")} if kwargs.get("device") is not None else {}
+            try:
+                return func(
+                    *replaced(args, Tensor, self._on_meta), **{**replaced(kwargs, Tensor, self._on_meta), **device}
+                )
+            except NotImplementedError:
+                if written:
+                    raise
+        # A number is asked for, or shapes that depend on numbers, or a tensor with memory is to take values.
+        return _called(
+            func, replaced(args, Tensor, self._with_memory), replaced(kwargs, Tensor, self._with_memory), seed
+        )
 
     def _write_down(
         self, func: Any, args: Any, kwargs: dict[str, Any], result: Any, written: Sequence[Tensor], seed: int | None
     ) -> None:
-        known = {view.storage for view in _views((args, kwargs))}
+        known = {view.storage for view in instances((args, kwargs), View)}
         made: dict[int, View] = {}
-        for number, tensor in enumerate(_tensors(result)):
+        for number, tensor in enumerate(instances(result, Tensor)):
             if _has_memory(tensor) and self._number_of(tensor) is None:
                 self._bind(tensor, self._new_storage(tensor))
                 made[number] = self._view_of(tensor)
-        schema = _schema_of(func)
+        schema = schema_of(func)
         name = schema.name
         if name in _EMPTY or not (made or written):
             return
@@ -204,7 +240,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
             self._size_bytes[view.storage] = max(self._size_bytes[view.storage], tensor.untyped_storage().nbytes())
         is_whole = len(written) == 1 and written[0].is_contiguous()
         is_whole = is_whole and written[0].nbytes == self._size_bytes[views[0].storage]
-        sources = {view.storage for view in _views((args[1:], kwargs))}
+        sources = {view.storage for view in instances((args[1:], kwargs), View)}
         fresh = views[0].storage if is_whole and name in _FRESH and views[0].storage not in sources else None
         if made and any(argument.name == "dtype" for argument in schema.arguments):
             kwargs = {**kwargs, "dtype": next(iter(made.values())).dtype}  # torch's default may be another one then
@@ -273,11 +309,11 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
 
         result = _called(
             operation.function,
-            _unnoted(operation.args, made_real),
-            _unnoted(operation.kwargs, made_real),
+            replaced(operation.args, View, made_real),
+            replaced(operation.kwargs, View, made_real),
             operation.seed,
         )
-        tensors = list(_tensors(result))
+        tensors = list(instances(result, Tensor))
         for number, view in operation.made.items():
             size_bytes = self._size_bytes[view.storage]
             memory[view.storage] = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -295,7 +331,18 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch le
         return origin is None or origin.recording is self
 
     def _with_memory(self, tensor: Tensor) -> Tensor:
-        return self.values(self._view_of(tensor)) if tensor.is_meta else tensor
+        return self.values(self._view_of(tensor)) if self._is_away(tensor) else tensor
+
+    def _on_meta(self, tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return tensor
+        if self._is_away(tensor):
+            return self.send_away(tensor)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    def _is_away(self, tensor: Tensor) -> bool:
+        number = self._number_of(tensor)
+        return number is not None and (tensor.is_meta or number in self._away)
 
     def _view_of(self, tensor: Tensor) -> View:
         number = self._number_of(tensor)
@@ -336,7 +383,17 @@ def origin_of(tensor: Tensor) -> Origin | None:
     return None if bound is None else Origin(bound[0], View(bound[1], *_geometry(tensor)))
 
 
+def _nothing() -> None:
+    return None
+
+
+def _undisguised() -> AbstractContextManager[None]:
+    """Return a context in which tensors are what they are, whatever a mode makes them look like."""
+    return torch._C.DisableTorchFunction()  # noqa: SLF001  documented in torch's notes on extending it
+
+
 def _called(function: Any, args: Any, kwargs: Any, seed: int | None) -> Any:
+    """Call an operation, with a stream of random numbers of its own if it draws."""
     if seed is None:
         return function(*args, **kwargs)
     generator = torch.default_generator
@@ -346,10 +403,6 @@ def _called(function: Any, args: Any, kwargs: Any, seed: int | None) -> Any:
         return function(*args, **kwargs)
     finally:
         generator.set_state(state)
-
-
-def _schema_of(function: Any) -> Any:
-    return function._schema  # noqa: SLF001  what an operation reads and writes is nowhere else
 
 
 def _version_of(tensor: Tensor) -> int:
@@ -369,62 +422,3 @@ def _geometry(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], tuple[int, 
 def _tensor(view: View, memory: Mapping[int, Tensor]) -> Tensor:
     base = torch.empty(0, dtype=view.dtype, device="cpu")
     return base.set_(memory[view.storage].untyped_storage(), view.offset, view.shape, view.stride)
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    if tensor.is_meta:
-        return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _written(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Return the tensors that an operation writes to."""
-    found: list[Tensor] = []
-    for number, argument in enumerate(_schema_of(function).arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found += _tensors(args[number] if number < len(args) else kwargs.get(argument.name))
-    return found
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Return arguments with something in place of each tensor."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: _mapped(one, change) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(one, change) for one in value)
-    return value
-
-
-def _unnoted(value: Any, change: Callable[[View], Tensor]) -> Any:
-    """Return arguments with a tensor in place of each view."""
-    if isinstance(value, View):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: _unnoted(one, change) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_unnoted(one, change) for one in value)
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _tensors(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)
-
-
-def _views(value: Any) -> Iterator[View]:
-    if isinstance(value, View):
-        yield value
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _views(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _views(one)
