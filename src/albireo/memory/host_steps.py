@@ -72,9 +72,11 @@ class HostSteps:
             for chunk in chunks:
                 found = [(fragment, gradients(fragment)) for fragment in chunk.fragments]
                 items = [(fragment, gradient) for fragment, gradient in found if gradient is not None]
+                # Of a chunk that ranks share, any may step a part: what all have gathered is old on all.
+                if items or chunk.ranks > 1:
+                    before(chunk)
                 if not items:
                     continue
-                before(chunk)
                 last = -1
                 for place, (fragment, (gradient, ready)) in enumerate(items):
                     stepped.append((chunk, place == len(items) - 1))
