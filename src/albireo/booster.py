@@ -13,6 +13,7 @@ from torch import nn
 
 from albireo.distributed import World, current_world
 from albireo.errors import ConfigError
+from albireo.models import lazy_source_of
 from albireo.ops import count_terms, sum_of_loss
 from albireo.optim import OptimizerWrapper
 from albireo.plugins import Criterion, ModelWrapper, Plugin, TorchDDPPlugin
@@ -118,7 +119,8 @@ class Booster(StateDoor):
             criterion: computes the loss from outputs and labels.
             dataloader: passed through, as `plugin.prepare_dataloader` or anybody else made it.
             lr_scheduler: passed through; one of torch's, made with `optimizer` itself.
-            weights: the first weights of a model whose parameters have no memory yet (GeminiPlugin).
+            weights: the first weights of a model whose parameters have no memory yet; None: what `LazyInitContext` has
+                written down, if it was built within one.
 
         Returns:
             The five in this order: the model, called as before; the optimizer; the criterion, which computes in the
@@ -129,7 +131,9 @@ class Booster(StateDoor):
         """
         if isinstance(model, ModelWrapper) or isinstance(optimizer, OptimizerWrapper):
             raise ConfigError("this model or optimizer is boosted already: give boost the user's own")
-        self.plugin.place(model, self.world.device)
+        if weights is None:
+            weights = lazy_source_of(model)
+        self.plugin.place(model, self.world.device, weights)
         boosted, wrapped = self.plugin.configure(model, optimizer, self.world, weights=weights)
         if optimizer is not None and wrapped is not None:
             if optimizer.state:

@@ -19,6 +19,9 @@ OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "albireo": {"plugin": "torch_ddp"},
         "low_level_zero": {"plugin": "low_level_zero"},
         "low_level_zero_offload": {"plugin": "low_level_zero", "cpu_offload": True},
+        "gemini": {"plugin": "gemini"},
+        "gemini_offload": {"plugin": "gemini", "offload_optim_frac": 1.0},
+        "gemini_offload_all": {"plugin": "gemini", "offload_optim_frac": 1.0, "offload_param_frac": 1.0},
         "torch_fsdp": {"plugin": "torch_fsdp"},
         "torch_fsdp_offload": {"plugin": "torch_fsdp", "cpu_offload": True},
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from albireo.config.option import OptionInfo
-from albireo.config.run import RunConfig
+from albireo.config.run import PLUGIN_OPTIONS, RunConfig
 from albireo.errors import ConfigError
 
 __all__ = ["config_from_mapping", "config_to_mapping", "merge", "read_config_file"]
@@ -70,7 +70,7 @@ def merge(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
     Returns:
         The new configuration. Steps given alone take the place of epochs, and the other way round; with another plugin,
-        the stage of the one before is gone.
+        what the one before alone has is gone.
 
     Raises:
         ConfigError: an unknown name or a wrong value.
@@ -85,9 +85,10 @@ def merge(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         rival = _RIVALS.get(name)
         if rival is not None and rival not in values and value is not None:
             changes[info.section][rival] = None
-    # The stage of one plugin says nothing of another, and no flag takes it back.
+    # What one plugin alone has says nothing of another, and no flag takes it back.
     if values.get("plugin", config.plugin.plugin) != config.plugin.plugin:
-        changes["plugin"].setdefault("zero_stage", None)
+        for name in PLUGIN_OPTIONS:
+            changes["plugin"].setdefault(name, infos[name].default)
     sections = {name: dataclasses.replace(getattr(config, name), **part) for name, part in changes.items()}
     return dataclasses.replace(config, **sections)
 

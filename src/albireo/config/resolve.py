@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from albireo.config.facts import MachineFacts
-from albireo.config.run import DataConfig, RunConfig
+from albireo.config.run import PLUGIN_OPTIONS, DataConfig, PluginConfig, RunConfig
 from albireo.errors import ConfigError
 
 __all__ = ["resolve"]
@@ -49,12 +49,28 @@ def resolve(config: RunConfig, machine: MachineFacts) -> RunConfig:
             batch_size=optimizer.batch_size or 8,
         ),
         schedule=schedule,
-        plugin=dataclasses.replace(config.plugin, precision=precision, zero_stage=_zero_stage(config)),
+        plugin=_resolved_plugin(dataclasses.replace(config.plugin, precision=precision)),
     )
 
 
-def _zero_stage(config: RunConfig) -> int | None:
-    return (config.plugin.zero_stage or 2) if config.plugin.plugin == "low_level_zero" else None
+def _resolved_plugin(plugin: PluginConfig) -> PluginConfig:
+    """Decide what the chosen plugin alone has."""
+    if plugin.plugin == "low_level_zero":
+        return dataclasses.replace(plugin, zero_stage=plugin.zero_stage or 2)
+    if plugin.plugin != "gemini":
+        return plugin
+    prefetch = 2 if plugin.prefetch is None else plugin.prefetch
+    shares = (plugin.offload_optim_frac, plugin.offload_param_frac, plugin.shard_param_frac)
+    if plugin.placement != "static" and all(share is None for share in shares):
+        return dataclasses.replace(plugin, placement="auto", prefetch=prefetch)
+    return dataclasses.replace(
+        plugin,
+        placement="static",
+        prefetch=prefetch,
+        offload_optim_frac=plugin.offload_optim_frac or 0.0,
+        offload_param_frac=plugin.offload_param_frac or 0.0,
+        shard_param_frac=1.0 if plugin.shard_param_frac is None else plugin.shard_param_frac,
+    )
 
 
 def _check_plugin(config: RunConfig) -> None:
@@ -65,10 +81,17 @@ def _check_plugin(config: RunConfig) -> None:
             f"--plugin torch_ddp_fp16 computes in fp16, not in {chosen.precision}: take --precision fp16, or --plugin "
             f"torch_ddp --precision {chosen.precision}"
         )
-    if chosen.zero_stage is not None and chosen.plugin != "low_level_zero":
-        raise ConfigError(
-            f"--zero-stage is for --plugin low_level_zero, and --plugin {chosen.plugin} has no stages: leave it out"
-        )
+    for name, owner in PLUGIN_OPTIONS.items():
+        if getattr(chosen, name) not in (None, 0.0) and chosen.plugin != owner:
+            flag = "--" + name.replace("_", "-")
+            lacks = "has no stages" if name == "zero_stage" else "has no such option"
+            raise ConfigError(f"{flag} is for --plugin {owner}, and --plugin {chosen.plugin} {lacks}: leave it out")
+    for name in ("offload_optim_frac", "offload_param_frac", "shard_param_frac"):
+        if chosen.placement == "auto" and getattr(chosen, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} is for --placement static: with auto the cap decides what moves, so leave one of them out"
+            )
     if chosen.cpu_offload and chosen.plugin not in ("low_level_zero", "torch_fsdp"):
         raise ConfigError(
             f"--cpu-offload is for --plugin low_level_zero or torch_fsdp, and --plugin {chosen.plugin} keeps all on the "
@@ -91,7 +114,7 @@ def _check(config: RunConfig, machine: MachineFacts, *, tiny: bool) -> None:
     if machine.device_type == "cuda" and gpus > machine.device_count:
         have = "1 GPU" if machine.device_count == 1 else f"{machine.device_count} GPUs"
         raise ConfigError(f"--gpus {gpus} asks for more than this machine has: {have}")
-    if config.plugin.mem_cap > 0 and machine.device_type != "cuda":
+    if config.plugin.mem_cap > 0 and machine.device_type != "cuda" and config.plugin.plugin != "gemini":
         raise ConfigError(
             "--mem-cap bounds a GPU's memory, and this run would be on the CPU, where there is no device "
             "memory to bound: leave --mem-cap out"

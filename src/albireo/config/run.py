@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Literal
 
 from albireo.config.option import OptionInfo, option, options_of
 
 __all__ = [
+    "PLUGIN_OPTIONS",
     "DataConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -16,6 +18,19 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
 ]
+
+# Options that one plugin alone has.
+PLUGIN_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "zero_stage": "low_level_zero",
+        "placement": "gemini",
+        "offload_optim_frac": "gemini",
+        "offload_param_frac": "gemini",
+        "shard_param_frac": "gemini",
+        "prefetch": "gemini",
+        "host_cap": "gemini",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -113,16 +128,41 @@ class ScheduleConfig:
 class PluginConfig:
     """On what, and by which mechanism."""
 
-    plugin: Literal["torch_ddp", "torch_ddp_fp16", "torch_fsdp", "low_level_zero"] = option(
+    plugin: Literal["torch_ddp", "torch_ddp_fp16", "torch_fsdp", "low_level_zero", "gemini"] = option(
         "torch_ddp",
         "The mechanism of training: whole copies on every rank (torch_ddp; torch_ddp_fp16 is the same with --precision "
-        "fp16), torch's own sharding (torch_fsdp), or ZeRO 1 and 2 (low_level_zero).",
+        "fp16), torch's own sharding (torch_fsdp), ZeRO 1 and 2 (low_level_zero), or chunks of weights and states that move between "
+        "device and host under a cap (gemini).",
     )
     zero_stage: int | None = option(
         None, "low_level_zero: 1 shards optimizer states, 2 gradients too. Default: 2.", minimum=1, maximum=2
     )
     cpu_offload: bool = option(
         False, "low_level_zero, torch_fsdp: keep fp32 weights and optimizer states in host memory, and step there."
+    )
+    placement: Literal["auto", "static"] | None = option(
+        None,
+        "gemini: move as little as the cap allows, as a first step shows (auto), or keep to the shares that follow (static). "
+        "Default: static if a share is given, else auto.",
+    )
+    offload_optim_frac: float | None = option(
+        None, "gemini: share of optimizer states that is in host memory and stepped there.", minimum=0, maximum=1
+    )
+    offload_param_frac: float | None = option(
+        None, "gemini: share of weights that is in host memory and fetched for each use.", minimum=0, maximum=1
+    )
+    shard_param_frac: float | None = option(
+        None, "gemini, several ranks: share of weights of which a rank keeps its part alone.", minimum=0, maximum=1
+    )
+    prefetch: int | None = option(
+        None, "gemini: how many blocks ahead weights are fetched. Default: 2.", minimum=0, maximum=1000
+    )
+    host_cap: float = option(
+        0.0,
+        "gemini: this machine's ranks together never take more host memory for weights and states than so many GB (2**30 "
+        "bytes); 0 is what the machine really has.",
+        minimum=0.0,
+        metavar="GB",
     )
     precision: Literal["fp32", "fp16", "bf16"] | None = option(
         None, "The numbers that compute. Default: bf16 where the GPU has it, else fp16; fp32 on a CPU."
@@ -133,7 +173,8 @@ class PluginConfig:
     tf32: bool = option(True, "Let a GPU multiply fp32 matrices in TF32, as most training does.")
     mem_cap: float = option(
         0.0,
-        "This process never takes more device memory than so many GB (2**30 bytes); 0 is no cap.",
+        "This process never takes more device memory than so many GB (2**30 bytes); 0 is no cap. On a CPU gemini's device is "
+        "simulated, and this bounds what chunks take on it.",
         minimum=0.0,
         metavar="GB",
     )

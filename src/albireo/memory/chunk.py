@@ -12,6 +12,7 @@ from albireo.device.lanes import Arrival
 from albireo.device.pool import DevicePool
 from albireo.distributed import World
 from albireo.distributed.collectives import Transfer
+from albireo.memory.sizes import ChunkSizes
 from albireo.sharding import FlatLayout, Fragment
 from albireo.sharding.weight_source import WeightSource
 
@@ -29,16 +30,17 @@ class Chunk:
     Args:
         number: its place in the list of chunks.
         parameters: of floating point, not fp64, of one kind; with or without memory.
-        dtype: what computes.
+        sizes: what is known of it: what computes, and whether an optimizer steps it.
         world: the ranks that share it.
         pool: the device's memory.
         source: where the first weights come from.
-        trained: an optimizer steps them.
-        is_root: it is in use from the beginning of forward to the end of backward.
         states: where masters and optimizer states are.
         home: where this rank's partition of what computes is.
 
     Attributes:
+        dtype: what computes.
+        trained: an optimizer steps it.
+        is_root: it is in use from the beginning of forward to the end of backward.
         layout: where each parameter lies.
         compute: the storage, 1-D [layout.numel]; it has memory or none.
         partition: this rank's part of it, 1-D.
@@ -58,24 +60,20 @@ class Chunk:
         self,
         number: int,
         parameters: Sequence[nn.Parameter],
-        dtype: torch.dtype,
+        sizes: ChunkSizes,
         world: World,
         pool: DevicePool,
         source: WeightSource,
         *,
-        trained: bool,
-        is_root: bool,
         states: States,
         home: Home,
     ) -> None:
         self.number = number
         self.parameters = tuple(parameters)
-        self.dtype = dtype
-        self.trained = trained
-        self.is_root = is_root
+        self.dtype, self.trained, self.is_root = sizes.dtype, sizes.trained, sizes.is_root
         self.layout = FlatLayout.of([parameter.shape for parameter in parameters], world.world_size)
         self._pool = pool
-        self.compute = pool.empty(self.layout.numel, dtype)
+        self.compute = pool.empty(self.layout.numel, self.dtype)
         pool.let_go(self.compute)
         first = world.rank * self.layout.partition_numel
         self.partition = self.compute[first : first + self.layout.partition_numel]
@@ -226,12 +224,13 @@ class Chunk:
                 source.fill(parameter, cut.start, self.master[run])
                 master = nn.Parameter(self.master[run], requires_grad=parameter.requires_grad)
                 fragments.append(Fragment(parameter, cut.segment, cut, master, self.partition[run]))
-            away = self._pool.nan(self.dtype)
             for parameter in self.parameters:
                 if parameter.is_meta:
-                    # A parameter on the meta device takes no other data; its place in modules and optimizers stays.
-                    real = nn.Parameter(away.expand(parameter.shape), requires_grad=parameter.requires_grad)
-                    torch.utils.swap_tensors(parameter, real)
+                    # A parameter on the meta device takes no other data; its place in modules and optimizers stays. It
+                    # begins with a tensor, and so with a count of changes, of its own.
+                    own = torch.empty(0, dtype=self.dtype, device=self._pool.device)
+                    real = nn.Parameter(own, requires_grad=parameter.requires_grad)
+                    torch.utils.swap_tensors(parameter, real)  # type: ignore[no-untyped-call]
         return tuple(fragments)
 
     def _master_is_home(self, states: States, home: Home) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from albireo.device.pool import DevicePool
 from albireo.distributed import World
+from albireo.memory.budget import Trace
 from albireo.memory.chunk import Chunk, States
 from albireo.memory.conductor import Conductor
 from albireo.memory.host_steps import HostSteps
@@ -19,7 +20,6 @@ from albireo.memory.module import hook_units
 from albireo.memory.optimizer import GeminiOptimizer
 from albireo.memory.placement import Placement
 from albireo.memory.planner import MemoryLimits, PlacementPolicy, Planner
-from albireo.memory.budget import Trace
 from albireo.memory.sizes import ChunkSizes
 from albireo.memory.stats import MemStatsCollector
 from albireo.memory.tensors import StatefulTensorManager, places_of
@@ -95,7 +95,7 @@ class Gemini:
         self._planner = Planner(sizes, orders, setting.policy, setting.limits)
         placement = self._planner.initial()
         self.chunks = tuple(
-            _make_chunk(number, plan, [parameters[place] for place in plan.parameters], sizes[number], source, setting,
+            _make_chunk(number, [parameters[place] for place in plan.parameters], sizes[number], source, setting,
                         placement)
             for number, plan in enumerate(plans)
         )  # fmt: skip
@@ -259,7 +259,6 @@ def _sizes(
 
 def _make_chunk(
     number: int,
-    plan: ChunkPlan,
     members: list[nn.Parameter],
     sizes: ChunkSizes,
     source: WeightSource,
@@ -272,12 +271,10 @@ def _make_chunk(
     chunk = Chunk(
         number,
         members,
-        sizes.dtype,
+        sizes,
         setting.world,
         setting.pool,
         source,
-        trained=sizes.trained,
-        is_root=plan.is_root,
         states=states,
         home=home,
     )

@@ -50,7 +50,7 @@ def _before_forward(unit: Unit, conductor: Conductor) -> Callable[..., None]:
         if hooked and torch.is_grad_enabled():
             conductor.expect_inputs(unit, len(hooked))
             for value in hooked:
-                value.register_hook(_with_gradient(lambda: conductor.input_done(unit)))
+                value.register_hook(_with_gradient(lambda: conductor.input_done(unit)))  # type: ignore[no-untyped-call]
 
     return hook
 
@@ -59,7 +59,7 @@ def _after_forward(unit: Unit, conductor: Conductor) -> Callable[..., None]:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         for value in tree_leaves(output):
             if isinstance(value, torch.Tensor) and value.requires_grad:
-                value.register_hook(_with_gradient(lambda: conductor.enter_backward(unit)))
+                value.register_hook(_with_gradient(lambda: conductor.enter_backward(unit)))  # type: ignore[no-untyped-call]
         conductor.leave_forward(unit)
 
     return hook

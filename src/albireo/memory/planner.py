@@ -14,6 +14,7 @@ from albireo.memory.sizes import ChunkSizes
 
 __all__ = ["MemoryLimits", "PlacementPolicy", "Planner"]
 
+
 @dataclass(frozen=True)
 class PlacementPolicy:
     """What the user says of placement.

@@ -83,8 +83,6 @@ class MemStatsCollector:
                 "rank call the same modules, or take LowLevelZeroPlugin, which keeps whole weights"
             )
         others = [max(column) for column in zip(*world.gather_numbers([float(o) for o in self._others]), strict=True)]
-        uses = [
-            Use(chunks, int(other), phase) for (chunks, phase), other in zip(self._uses, others, strict=True)
-        ]
+        uses = [Use(chunks, int(other), phase) for (chunks, phase), other in zip(self._uses, others, strict=True)]
         self._uses, self._others = [], []
         return (*uses, Use(frozenset(), step_bytes, "step"))

@@ -51,8 +51,11 @@ class StatefulTensorManager:
         if self.host_steps is not None:
             # Raises what stopped the stepper. A chunk that is here has been filled by it.
             self.host_steps.wait_for(chunk)
-            if chunk.is_current:
-                return
+        self._begin_old(chunk)
+
+    def _begin_old(self, chunk: Chunk) -> None:
+        if chunk.is_current:
+            return
         if not chunk.is_here:
             self._changes()
             self._pool.take_back(chunk.compute)

@@ -18,6 +18,7 @@ from albireo.device import PeakMemory, seed_of
 from albireo.distributed import World, current_world
 from albireo.errors import ConfigError
 from albireo.optim import OptimizerWrapper
+from albireo.plugins.preparing import give_memory
 from albireo.sharding.weight_source import WeightSource
 
 __all__ = ["PRECISIONS", "Criterion", "ModelWrapper", "Plugin"]
@@ -85,6 +86,7 @@ class Plugin(ABC):
         harmless_warnings: the beginnings of torch's warnings that mean nothing where `albireo train` is the caller, as
             regular expressions.
         needs_process_group: a single rank has to have one too.
+        fills_weights: it takes a model whose parameters have no memory, and fills them where they are to lie.
         takes_uneven_micro_batches: ranks may come to a step with different numbers of micro-batches.
     """
 
@@ -96,24 +98,21 @@ class Plugin(ABC):
     compute_form: ClassVar[Literal["autocast", "copy"]] = "copy"
     harmless_warnings: ClassVar[tuple[str, ...]] = ()
     needs_process_group: ClassVar[bool] = False
+    fills_weights: ClassVar[bool] = False
     takes_uneven_micro_batches: ClassVar[bool] = False
 
-    def place(self, model: nn.Module, device: torch.device) -> None:
-        """Bring a model to the device before it is configured.
+    def place(self, model: nn.Module, device: torch.device, weights: WeightSource | None) -> None:
+        """Bring a model to the device before it is configured; parameters without memory get theirs there.
 
         Args:
             model: the user's model.
             device: what computes.
+            weights: the first weights of parameters without memory.
 
         Raises:
-            ConfigError: it has parameters without memory, which this plugin cannot fill.
+            ConfigError: parameters have no memory, and nobody knows their weights.
         """
-        lacking = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
-        if lacking is not None:
-            raise ConfigError(
-                f"{lacking} is on the meta device, and {type(self).__name__} needs weights in memory: build the model outside "
-                "of LazyInitContext, or take GeminiPlugin"
-            )
+        give_memory(model, device, weights)
         model.to(device)
 
     @abstractmethod

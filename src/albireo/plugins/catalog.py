@@ -8,6 +8,7 @@ from types import MappingProxyType
 from albireo.config import PluginConfig
 from albireo.errors import ConfigError
 from albireo.plugins.base import Plugin
+from albireo.plugins.gemini import GeminiPlugin
 from albireo.plugins.low_level_zero import LowLevelZeroPlugin
 from albireo.plugins.torch_ddp import TorchDDPPlugin
 from albireo.plugins.torch_fsdp import TorchFSDPPlugin
@@ -29,12 +30,26 @@ def _low_level_zero(config: PluginConfig) -> Plugin:
     )
 
 
+def _gemini(config: PluginConfig) -> Plugin:
+    return GeminiPlugin(
+        placement_policy=config.placement,
+        shard_param_frac=config.shard_param_frac,
+        offload_optim_frac=config.offload_optim_frac,
+        offload_param_frac=config.offload_param_frac,
+        precision=config.precision or "fp32",
+        max_prefetch=2 if config.prefetch is None else config.prefetch,
+        mem_cap_bytes=int(config.mem_cap * 2**30) or None,
+        host_cap_bytes=int(config.host_cap * 2**30) or None,
+    )
+
+
 PLUGINS: Mapping[str, Callable[[PluginConfig], Plugin]] = MappingProxyType(
     {
         "torch_ddp": _torch_ddp,
         "torch_ddp_fp16": _torch_ddp,  # `resolve` has set the precision
         "torch_fsdp": _torch_fsdp,
         "low_level_zero": _low_level_zero,
+        "gemini": _gemini,
     }
 )
 

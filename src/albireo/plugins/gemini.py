@@ -74,6 +74,7 @@ class GeminiPlugin(PartsPlugin):
     """
 
     name = "gemini"
+    fills_weights = True
 
     def __init__(  # noqa: PLR0913  the arguments are those that scripts pass
         self,
@@ -119,7 +120,7 @@ class GeminiPlugin(PartsPlugin):
         self._mem_cap_bytes = mem_cap_bytes
         self._host_cap_bytes = host_cap_bytes
 
-    def place(self, model: nn.Module, device: torch.device) -> None:
+    def place(self, model: nn.Module, device: torch.device, weights: WeightSource | None) -> None:
         """See the base class: parameters go to their chunks, one by one; buffers to the device."""
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import nn
 
-from albireo.sharding.weight_source import WeightSource
 from albireo.device.cores import usable_cores
 from albireo.device.lanes import copy_lane
 from albireo.distributed import World
@@ -28,6 +27,7 @@ from albireo.sharding import (
     ShardedOptimizer,
     make_buckets,
 )
+from albireo.sharding.weight_source import WeightSource
 
 __all__ = ["LowLevelZeroPlugin"]
 

@@ -8,8 +8,9 @@ from torch import nn
 from albireo.distributed import World
 from albireo.distributed.collectives import broadcast
 from albireo.errors import ConfigError
+from albireo.sharding.weight_source import WeightSource
 
-__all__ = ["check_parameters", "copy_from_main"]
+__all__ = ["check_parameters", "copy_from_main", "give_memory"]
 
 
 def check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -58,3 +59,27 @@ def copy_from_main(model: nn.Module, world: World) -> None:
             broadcast(flat).wait()
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.copy_(flat)
+
+
+def give_memory(model: nn.Module, device: torch.device, weights: WeightSource | None) -> None:
+    """Make parameters that are on the meta device real; each stays the same object.
+
+    Args:
+        model: any module.
+        device: where to.
+        weights: what fills them.
+
+    Raises:
+        ConfigError: nobody knows how they begin.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            continue
+        if weights is None:
+            raise ConfigError(
+                f"{name} is on the meta device, and nothing says how it begins: build the model within "
+                "albireo.LazyInitContext, or give it memory first"
+            )
+        real = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        weights.fill(parameter, 0, real.view(-1))
+        torch.utils.swap_tensors(parameter, nn.Parameter(real, requires_grad=parameter.requires_grad))  # type: ignore[no-untyped-call]

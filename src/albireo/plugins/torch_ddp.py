@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from albireo.sharding.weight_source import WeightSource
 from albireo.checkpoint import TensorSlice, TensorSource, whole
 from albireo.distributed import World
 from albireo.errors import ConfigError
 from albireo.optim import OptimizerWrapper, ScaledOptimizer, named_state, restore_named_state
 from albireo.plugins.base import PRECISIONS, Criterion, ModelWrapper, Plugin
 from albireo.plugins.importing import check_model_source
+from albireo.sharding.weight_source import WeightSource
 
 __all__ = ["TorchDDPPlugin"]
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from albireo.sharding.weight_source import WeightSource
 from albireo.checkpoint import TensorSlice, TensorSource, whole
 from albireo.distributed import World
 from albireo.errors import ConfigError
@@ -19,6 +18,7 @@ from albireo.plugins.casting import CriterionInFp32
 from albireo.plugins.importing import check_model_source
 from albireo.plugins.preparing import check_parameters, copy_from_main
 from albireo.sharding import fragment_slice, optimizer_slices, restore_optimizer
+from albireo.sharding.weight_source import WeightSource
 
 if TYPE_CHECKING:
     # torch takes most of a second to load its FSDP, which only those who use it should wait for.

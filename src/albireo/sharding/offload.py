@@ -168,9 +168,7 @@ class OffloadedStep:
         lane: on which new weights travel to it; nobody else's.
     """
 
-    def __init__(
-        self, stepper: HostStepper, buckets: Sequence[Bucket], device: torch.device, lane: CopyLane
-    ) -> None:
+    def __init__(self, stepper: HostStepper, buckets: Sequence[Bucket], device: torch.device, lane: CopyLane) -> None:
         self._stepper = stepper
         self._lane = lane
         self._outputs: dict[Fragment, torch.Tensor] = {}

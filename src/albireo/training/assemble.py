@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
@@ -23,6 +23,7 @@ from albireo.models import Family, compile_blocks, enable_activation_checkpointi
 from albireo.ops import default_piece_rows
 from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
 from albireo.plugins import Plugin, make_plugin
+from albireo.sharding import WeightSource
 from albireo.training.causal_lm import CausalLanguageModel
 from albireo.training.language_model import LanguageModelPlan, plan_language_model
 from albireo.training.memory_needs import check_states_fit, explain_out_of_memory_at_start, is_out_of_memory
@@ -63,7 +64,7 @@ def open_session(
         # The main rank has the lock, or has raised, before any other rank touches the folder.
         world.barrier()
         seed_everything(config.schedule.seed, world.rank)
-        if config.plugin.mem_cap > 0:
+        if config.plugin.mem_cap > 0 and world.device.type == "cuda":
             apply_device_cap(world.device, int(config.plugin.mem_cap * 2**30))
         # What costs nothing to look at comes first; then what is fetched; then what is tokenized and built.
         check_run_data(config)
@@ -194,8 +195,12 @@ def _build_state(
     progress: Progress,
 ) -> RunState:
     """Build the model, and boost it."""
+    source: WeightSource | None = None
     with progress.task(f"building the model ({planned.parameters:,} parameters)"):
-        pretrained, lines = planned.build(data.tokenizer, config, world.device)
+        if plugin.fills_weights:
+            pretrained, source, lines = planned.build_lazily(data.tokenizer, config)
+        else:
+            pretrained, lines = planned.build(data.tokenizer, config, world.device)
     for line in lines:
         progress.message(line)
     _prepare_blocks(pretrained, planned.family, config, progress)
@@ -211,7 +216,10 @@ def _build_state(
         schedule=schedule.schedule,
     )
     booster = Booster(plugin=plugin, world=world)
-    boosted, wrapped, *_ = booster.boost(model, optimizer)
+    with progress.task("filling the weights") if source is not None else nullcontext():
+        boosted, wrapped, *_ = booster.boost(model, optimizer, weights=source)
+    if source is not None:
+        source.close()
     # Only now: a plugin may have put other parameters in place of the model's.
     names, aliases = tensor_names(pretrained)
     identity = {"data": data.fingerprint, "recipe": config.recipe}

@@ -48,10 +48,12 @@ class MemoryNeeds:
     Attributes:
         device: on the device that computes.
         host: in host memory, because it was offloaded.
+        building: what the device has to hold while the model is built.
     """
 
     device: StateBytes
     host: StateBytes = StateBytes()
+    building: float = _BUILDING
 
     def bytes_per_parameter(self, memory: Memory) -> float:
         """Return what a memory has to have at least.
@@ -61,7 +63,7 @@ class MemoryNeeds:
         """
         if memory == "host":
             return self.host.total
-        return max(_BUILDING, self.device.total + (self.host.total if memory == "one" else 0.0))
+        return max(self.building, self.device.total + (self.host.total if memory == "one" else 0.0))
 
     def gradients(self, memory: Memory) -> float:
         """Return what gradients take in a memory at the end of backward.
@@ -85,6 +87,10 @@ def needs_of(config: RunConfig) -> MemoryNeeds:
     if plugin.plugin == "torch_fsdp":
         share = StateBytes(_FP32 / ranks, _FP32 / ranks, _MOMENTS / ranks)
         return MemoryNeeds(StateBytes(), share) if plugin.cpu_offload else MemoryNeeds(share)
+    if plugin.plugin == "gemini":
+        # What goes where is decided when the memories are known, and refused there if it cannot be; the model is built in
+        # its places.
+        return MemoryNeeds(StateBytes(), StateBytes(), building=0.0)
     # fp32 whatever computes: torch_ddp autocasts.
     return MemoryNeeds(StateBytes(_FP32, _FP32, _MOMENTS))
 
