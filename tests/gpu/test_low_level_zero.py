@@ -90,7 +90,7 @@ def test_states_on_the_host_are_stepped_like_those_on_the_device(precision: str,
         places = {value.device.type for s in optimizer.unwrap().state.values() for value in s.values() if value.dim()}
         assert places == {"cpu" if offload else "cuda"}
         for fragment in model.fragments:  # type: ignore[attr-defined]
-            assert torch.equal(fragment.compute.cpu(), fragment.master.detach().cpu().to(fragment.compute.dtype))
+            assert torch.equal(fragment.compute.cpu(), fragment.weights().cpu().to(fragment.compute.dtype))
     bound = 1e-5 if precision == "fp32" else 2e-3
     assert results[0] == pytest.approx(results[1], rel=bound)
 

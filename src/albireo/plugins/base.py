@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, cast
@@ -72,6 +72,10 @@ class ModelWrapper(nn.Module):
         """Return the user's model."""
         return cast("nn.Module", self._original)
 
+    def weight_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield what holds weights on this rank; several may share memory."""
+        yield from self.unwrap().parameters()
+
 
 class Plugin(ABC):
     """A way to train. The same calls serve every plugin; what differs is where weights, gradients and states live.
@@ -95,6 +99,11 @@ class Plugin(ABC):
     harmless_warnings: ClassVar[tuple[str, ...]] = ()
     needs_process_group: ClassVar[bool] = False
     takes_uneven_micro_batches: ClassVar[bool] = False
+
+    @property
+    def step_ulps(self) -> int:
+        """How far a step may be from that of torch's own optimizer, in units in the last place; 0: equal to the bit."""
+        return 0
 
     @abstractmethod
     def configure(

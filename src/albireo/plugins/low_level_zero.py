@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -32,6 +32,7 @@ from albireo.sharding import (
     make_buckets,
     optimizer_slices,
     restore_optimizer,
+    steps_in_parts,
 )
 
 __all__ = ["LowLevelZeroPlugin"]
@@ -58,6 +59,12 @@ class _ShardedModel(ModelWrapper):
     def fragments(self) -> Iterable[Fragment]:
         """This rank's part of all parameters."""
         return (fragment for bucket in self.buckets for fragment in bucket.fragments)
+
+    def weight_tensors(self) -> Iterator[torch.Tensor]:
+        """See the base class: what computes, and fp32 weights in whatever form."""
+        yield from super().weight_tensors()
+        for bucket in self.buckets:
+            yield from (tensor for tensor in (bucket.master, bucket.rest) if tensor is not None)
 
 
 class LowLevelZeroPlugin(Plugin):
@@ -134,6 +141,16 @@ class LowLevelZeroPlugin(Plugin):
         self._overlap_gather = overlap_allgather
         self._cpu_offload = cpu_offload
 
+    @property
+    def step_ulps(self) -> int:
+        """See the base class: a kernel of ours steps weights in halves, and one number in 2^17 is nudged to fit them."""
+        return 2 if self._keeps_halves else 0
+
+    @property
+    def _keeps_halves(self) -> bool:
+        """True if fp32 weights are kept as bf16 ones and the rest, on the device."""
+        return self.precision == "bf16" and not self._cpu_offload
+
     def configure(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
     ) -> tuple[ModelWrapper, OptimizerWrapper | None]:
@@ -150,7 +167,9 @@ class LowLevelZeroPlugin(Plugin):
         trained = [p for p in sharded if p.requires_grad and p in stepped]
         others = [p for p in sharded if not (p.requires_grad and p in stepped)]
         elements, on_host = self._bucket_elements, self._cpu_offload
-        made = make_buckets(trained, dtypes, world, bucket_elements=elements, on_host=on_host)
+        in_halves = self._keeps_halves and optimizer is not None and steps_in_parts(optimizer)
+        made = make_buckets(trained, dtypes, world, bucket_elements=elements, on_host=on_host, in_halves=in_halves)
+        # What is not stepped is saved as it came, to the bit.
         kept = make_buckets(others, dtypes, world, bucket_elements=elements, on_host=on_host)
         gradients: Gradients | None = None
         wrapped: OptimizerWrapper | None = None
@@ -193,7 +212,7 @@ class LowLevelZeroPlugin(Plugin):
             sharded.update(bucket.parameters)
             for fragment in bucket.fragments:
                 if fragment.parameter in names:
-                    yield fragment_slice(f"model/{names[fragment.parameter]}", fragment, fragment.master)
+                    yield fragment_slice(f"model/{names[fragment.parameter]}", fragment, fragment.weights())
         for tensor, name in names.items() if world.is_main else ():
             if tensor not in sharded:
                 yield whole(f"model/{name}", tensor)
@@ -232,7 +251,9 @@ class LowLevelZeroPlugin(Plugin):
                         source.read_into(f"model/{name}", tensor)
                     elif tensor in owned:
                         fragment = owned[tensor]
-                        source.read_slice_into(f"model/{name}", fragment.cut.start, fragment.master)
+                        weights = fragment.weights()
+                        source.read_slice_into(f"model/{name}", fragment.cut.start, weights)
+                        fragment.replace_weights(weights)
 
         # A rank that cannot read must not leave the others waiting for its part.
         on_all(sharded.world, read)
