@@ -101,7 +101,7 @@ class SplitAdam:
             for step, state in zip(steps, states, strict=True)
         ]
         device = steps[0].weight.device
-        table = _on_device(np.concatenate([_header(values), _addresses(tensors)]), device)
+        table = _on_device(_addresses(tensors), device)
         numels = tuple(step.weight.numel() for step in steps)
         if numels not in self._programs:
             self._programs[numels] = _programs(numels, device)
@@ -112,6 +112,11 @@ class SplitAdam:
                 tensor_of_program,
                 first_program,
                 factor,
+                values.lr,
+                values.weight_decay,
+                values.beta1,
+                values.beta2,
+                values.eps,
                 GRADIENT=triton_type(steps[0].gradient.dtype),
                 DECOUPLED=values.decoupled,
                 MAXIMIZE=values.maximize,
@@ -124,13 +129,6 @@ class SplitAdam:
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor where the kernel can read it: a gradient may be a view of anything."""
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
-
-
-def _header(values: AdamValues) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return a group's values as the bits of fp64 numbers: the first row of the kernel's table."""
-    logs = [math.log(beta) if beta > 0 else -math.inf for beta in (values.beta1, values.beta2)]
-    row = [values.lr, values.weight_decay, values.beta1, values.beta2, *logs, values.eps]
-    return np.array([row], dtype=np.float64).view(np.int64)
 
 
 def _addresses(tensors: Sequence[Sequence[torch.Tensor]]) -> np.ndarray[Any, np.dtype[np.int64]]:
