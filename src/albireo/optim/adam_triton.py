@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 __all__ = ["split_adam_kernel", "triton_type"]
 
 
-@triton.jit
+# How many tensors there are must not make another kernel.
+@triton.jit(do_not_specialize=["tensors"])
 def split_adam_kernel(
     table_pointer,
     tensors_pointer,
     firsts_pointer,
+    corrections_pointer,
     factor_pointer,
+    tensors,
     lr,
     decay,
     beta1,
@@ -27,21 +29,20 @@ def split_adam_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a chunk of a tensor, of which the table has a row each."""
+    """One program a chunk of a tensor, of which the table has a row each, and the corrections a column."""
     program = tl.program_id(0)
     tensor = tl.load(tensors_pointer + program)
     first = (program - tl.load(firsts_pointer + tensor)).to(tl.int64) * CHUNK
-    row = table_pointer + tensor * 7
+    row = table_pointer + tensor * 6
     # Addresses are multiples of 16 bytes: loads and stores are as wide.
     weight = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.bfloat16)), 16)
     rest = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.int16)), 16)
     gradient = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(GRADIENT)), 16)
     exp_avg = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
     exp_avg_sq = tl.multiple_of(tl.load(row + 4).to(tl.pointer_type(tl.float32)), 16)
-    count = tl.load(tl.load(row + 5).to(tl.pointer_type(tl.float32)))
-    numel = tl.load(row + 6)
-    step_size = tl.div_rn(lr, 1.0 - libdevice.pow(beta1, count))
-    root = tl.sqrt_rn(1.0 - libdevice.pow(beta2, count))
+    numel = tl.load(row + 5)
+    step_size = tl.div_rn(lr, tl.load(corrections_pointer + tensor))
+    root = tl.sqrt_rn(tl.load(corrections_pointer + tensors + tensor))
     factor = 1.0
     if factor_pointer is not None:
         factor = tl.load(factor_pointer)

@@ -59,13 +59,15 @@ class ShardedOptimizer(PartOptimizer):
         # Before the wrapper adds a hook of its own.
         self._in_parts = steps_in_parts(optimizer)
         super().__init__(optimizer, world, loss_scale)
-        self._split_adam = SplitAdam(optimizer) if SplitAdam.can_step(optimizer, world.device) else None
+        in_halves = any(bucket.rest is not None for bucket in gradients.buckets)
+        one_pass = in_halves and SplitAdam.can_step(optimizer, world.device)
+        self._split_adam = SplitAdam(optimizer) if one_pass else None
         self._gradients = gradients
         self._max_norm = max_norm
         self._overlap_gather = overlap_gather
         self._host_step = host_step
         self._scaled = False
-        if not self._in_parts and any(bucket.rest is not None for bucket in gradients.buckets):
+        if in_halves and not self._in_parts:
             raise ConfigError(
                 "weights in halves are joined a part at a time, and this optimizer steps all at once: keep them in fp32"
             )
@@ -260,10 +262,12 @@ class ShardedOptimizer(PartOptimizer):
 
     def _batches(self) -> Iterator[list[Bucket]]:
         """Yield buckets, as many at a time as may be stepped at once, in the order of forward."""
+        # One pass takes no scratch; alone, there is no other rank to send to meanwhile.
+        at_once = self._split_adam is not None and self._world.world_size == 1
         batch: list[Bucket] = []
         elements = 0
         for bucket in reversed(self._gradients.buckets):
-            if self._in_parts and batch and elements + bucket.layout.partition_numel > _STEP_ELEMENTS:
+            if self._in_parts and not at_once and batch and elements + bucket.layout.partition_numel > _STEP_ELEMENTS:
                 yield batch
                 batch, elements = [], 0
             batch.append(bucket)
