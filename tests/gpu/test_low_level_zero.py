@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers.masking_utils
+from torch import nn
 
 from albireo.booster import Booster, StepOutput
 from albireo.data import RandomTokens
 from albireo.device.pinned import host_buffer
-from albireo.distributed import join_world
+from albireo.distributed import World, join_world
 from albireo.models import build_model, configure_model, resolve_model
-from albireo.optim import OptimizerWrapper, adamw, decay_groups
+from albireo.optim import HybridAdam, OptimizerWrapper, adamw, decay_groups
 from albireo.plugins import LowLevelZeroPlugin, ModelWrapper, Plugin, TorchDDPPlugin
 from albireo.training.causal_lm import CausalLanguageModel
 
@@ -90,9 +95,48 @@ def test_states_on_the_host_are_stepped_like_those_on_the_device(precision: str,
         places = {value.device.type for s in optimizer.unwrap().state.values() for value in s.values() if value.dim()}
         assert places == {"cpu" if offload else "cuda"}
         for fragment in model.fragments:  # type: ignore[attr-defined]
-            assert torch.equal(fragment.compute.cpu(), fragment.master.detach().cpu().to(fragment.compute.dtype))
+            assert torch.equal(fragment.compute.cpu(), fragment.weights().cpu().to(fragment.compute.dtype))
     bound = 1e-5 if precision == "fp32" else 2e-3
     assert results[0] == pytest.approx(results[1], rel=bound)
+
+
+def test_a_run_goes_on_to_the_bit(tmp_path: Path) -> None:
+    device = torch.device("cuda", 0)
+
+    def made(seed: int) -> tuple[Booster, ModelWrapper, OptimizerWrapper]:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(24, 100), nn.ReLU(), nn.Linear(100, 4))
+        booster = Booster(plugin=LowLevelZeroPlugin(precision="bf16"), world=World(0, 1, 0, device))
+        wrapped, optimizer, *_ = booster.boost(model, HybridAdam(model.parameters(), lr=1e-2), nn.CrossEntropyLoss())
+        return booster, wrapped, optimizer
+
+    def train(run: tuple[Booster, ModelWrapper, OptimizerWrapper], numbers: range) -> list[torch.Tensor]:
+        booster, model, optimizer = run
+        for number in numbers:
+            rows = torch.randn(16, 24, generator=torch.Generator().manual_seed(number))
+            booster.train_step(model, optimizer, {"input": rows, "labels": (rows[:, 0] > 0).long()}, max_norm=1.0)
+        return [fragment.weights() for fragment in model.fragments]  # type: ignore[attr-defined]
+
+    run, other = made(1), made(2)
+    train(run, range(3))
+    run[0].save_model(run[1], tmp_path / "model.safetensors")
+    run[0].save_optimizer(run[2], tmp_path / "optimizer.safetensors")
+    other[0].load_model(other[1], tmp_path / "model.safetensors")
+    other[0].load_optimizer(other[2], tmp_path / "optimizer.safetensors")
+    for ours, theirs in zip(train(other, range(3, 6)), train(run, range(3, 6)), strict=True):
+        assert ours.is_cuda
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_it_is_verified(precision: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "albireo", "verify", "opt", "--plugin", "low_level_zero", "--precision", precision]
+    options = ["--accumulate", "2", "--json", str(tmp_path / "report.json"), "--cache", str(tmp_path)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    print(precision, report["max_relative_error"], max(p["step_ulps"] for p in report["parameters"]))
 
 
 def test_host_buffers_are_page_locked_and_can_be_made_again_and_again() -> None:
@@ -119,5 +163,5 @@ def test_weights_and_states_leave_the_device_when_they_are_offloaded() -> None:
         torch.cuda.synchronize()
         peaks.append(torch.cuda.memory_allocated() - before)
         del booster, model, optimizer
-    # 14 bytes a parameter with everything on the device, 2 without.
+    # 12 bytes a parameter with everything on the device, 2 without.
     assert peaks[1] < peaks[0] * 0.3

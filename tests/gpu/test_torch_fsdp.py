@@ -29,7 +29,9 @@ class Blocks(nn.Module):
         hidden = self.embedding(ids)
         for layer in self.layers:
             hidden = hidden + layer(hidden)
-        loss = nn.functional.cross_entropy(self.head(hidden).float().flatten(0, 1), ids.flatten(), reduction="sum")
+        # The tokens after: an embedding that is tied to the head tells the tokens themselves without learning.
+        logits, following = self.head(hidden).float().flatten(0, 1), ids.roll(-1, 1).flatten()
+        loss = nn.functional.cross_entropy(logits, following, reduction="sum")
         return loss, torch.tensor(ids.numel(), device=ids.device)
 
 

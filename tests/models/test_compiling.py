@@ -25,7 +25,7 @@ def nothing_compiled_before() -> Iterator[None]:
 @needs_a_compiler
 @pytest.mark.compiles
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_compilation_serves_all_blocks_and_changes_no_number(checkpointing: bool) -> None:
+def test_one_compilation_serves_all_blocks_of_a_kind_and_changes_no_number(checkpointing: bool) -> None:
     choice = resolve_model("tiny")
     config, _ = configure_model(choice, init="random")
     config.num_hidden_layers = 3
@@ -46,7 +46,9 @@ def test_one_compilation_serves_all_blocks_and_changes_no_number(checkpointing: 
         block.register_forward_pre_hook(lambda *_, name=name: hooked.append(name))
     assert compile_blocks(model, choice.family, checkpointing=checkpointing, preserve_rng_state=False) == 3
     compiled = gradients()
-    assert counters["stats"]["unique_graphs"] == 1
+    # With checkpointing, the last block is of its own kind: it keeps what the others compute again.
+    kinds = 2 if checkpointing else 1
+    assert counters["stats"]["unique_graphs"] == kinds
     assert hooked == [name for name, _ in blocks], "hooks stay outside, and fire once a block"
     # A key's bias has no true gradient: what is compared there is measured by the size of all the others.
     rms = torch.cat([gradient.flatten() for gradient in plain]).square().mean().sqrt()
@@ -54,7 +56,7 @@ def test_one_compilation_serves_all_blocks_and_changes_no_number(checkpointing: 
         scale = max(theirs.norm(), rms * theirs.numel() ** 0.5)
         assert ((ours - theirs).norm() / scale).item() < 1e-5
     gradients()
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == kinds
 
 
 def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

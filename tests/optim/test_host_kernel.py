@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from albireo.log import Log
 from albireo.optim import host_library
+from albireo.optim.adam_values import AdamValues
 from albireo.optim.host_kernel import CompiledKernel, HostKernel, TorchKernel
 from albireo.optim.host_kernel_choice import choose_kernel, matching_form
 from albireo.optim.host_library import Form, HostAdamLibrary, NoCompiledKernelError, load_host_adam
-from albireo.optim.host_step import AdamValues, HostStep
+from albireo.optim.host_step import HostStep
 
 PLAIN = AdamValues(1e-2, 0.9, 0.95, 1e-8, 0.0, decoupled=True, maximize=False)
 DECAYED = replace(PLAIN, weight_decay=0.1)

@@ -82,7 +82,7 @@ def held_case(world: World, *, options: dict[str, Any]) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
         use = measure_memory_use(
-            model.parameters(),
+            boosted.weight_tensors(),
             optimizer.unwrap(),
             config,
             parameters=PARAMETERS,
@@ -103,9 +103,9 @@ CASES: list[tuple[dict[str, Any], dict[int, float]]] = [
     ({"plugin": "torch_fsdp", "precision": "bf16", "cpu_offload": True, "accumulate": 2}, {2: 8}),
     (ZERO, {1: 16, 2: 10}),
     ({**ZERO, "zero_stage": 1}, {2: 10}),
-    ({**ZERO, "precision": "bf16"}, {1: 16, 2: 10}),
+    ({**ZERO, "precision": "bf16"}, {1: 14, 2: 9}),
     ({**ZERO, "precision": "fp16", "accumulate": 2}, {1: 18, 2: 10}),
-    ({**ZERO, "precision": "bf16", "zero_stage": 1, "accumulate": 2}, {2: 12}),
+    ({**ZERO, "precision": "bf16", "zero_stage": 1, "accumulate": 2}, {2: 11}),
     ({**ZERO, "cpu_offload": True}, {1: 24, 2: 16}),
     ({**ZERO, "cpu_offload": True, "precision": "bf16"}, {1: 18, 2: 13}),
     ({**ZERO, "cpu_offload": True, "precision": "bf16", "accumulate": 2}, {1: 22}),
@@ -150,7 +150,7 @@ def test_the_table_is_what_tensors_take(
         ({**ZERO, "precision": "bf16", "cpu_offload": True, "accumulate": 2}, 4, 18),
         ({**ZERO, "precision": "bf16", "cpu_offload": True, "accumulate": 4}, 6, 18),
         ({**ZERO, "precision": "fp32", "cpu_offload": True, "gpus": 2}, 6, 10),
-        ({**ZERO, "precision": "bf16", "gpus": 2, "zero_stage": 1, "accumulate": 4}, 12, 0),
+        ({**ZERO, "precision": "bf16", "gpus": 2, "zero_stage": 1, "accumulate": 4}, 11, 0),
     ],
 )
 def test_device_and_host_have_their_shares(options: dict[str, Any], device: float, host: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -94,6 +95,15 @@ class Chunk:
             parameter.grad = None
         self.detach()
         self._versions = [_version(parameter) for parameter in self.parameters]
+
+    @property
+    def rest(self) -> None:
+        """See `FlatParameters`: masters are whole."""
+        return None
+
+    def joined(self) -> AbstractContextManager[None]:
+        """See `FlatParameters`: masters are whole."""
+        return nullcontext()
 
     @property
     def ranks(self) -> int:

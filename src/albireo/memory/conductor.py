@@ -201,7 +201,8 @@ class Conductor:
         for use in self._uses:
             use.forget()
             use.calls = 0
-        self._let_go(self._manager.chunks)
+        # What has been fetched ahead for the next micro-batch stays.
+        self._let_go([chunk for chunk in self._manager.chunks if chunk.arrival is None])
 
     def abandon(self) -> None:
         """A step has failed: nothing is in use any more."""
@@ -224,6 +225,7 @@ class Conductor:
         known = self.itinerary if observed else None
         fetches = known.enter(active, phase) if known is not None else ()
         if known is not None and known.is_lost:
+            # A step that does what nobody expected has no room promised to it.
             self._let_go(self._manager.chunks)
         for chunk in use.chunks:
             self._manager.use(chunk)

@@ -104,16 +104,16 @@ class Planner:
             return place_automatically(
                 trace, chunks, device_bytes=room, host_bytes=self.limits.host, prefetch=policy.prefetch
             )
-        placed = place_statically(
+        return place_statically(
             trace,
             chunks,
             offload_optim_frac=policy.offload_optim_frac,
             offload_param_frac=policy.offload_param_frac,
+            shard_param_frac=policy.shard_param_frac if self._sizes[0].ranks > 1 else 0.0,
             prefetch=policy.prefetch,
             device_bytes=self.limits.device,
             host_bytes=self.limits.host,
         )
-        return self._sharded(placed)
 
     def scaled(self, trace: Trace, factor: float) -> Trace:
         """Return a trace as it would be for a larger batch.
@@ -123,21 +123,6 @@ class Planner:
             factor: how many times as large the next one is. Activations grow no faster.
         """
         return tuple(dataclasses.replace(use, other_bytes=math.ceil(use.other_bytes * factor)) for use in trace)
-
-    def _sharded(self, placement: Placement) -> Placement:
-        """Take the share that is to be in parts out of those that never leave, from the end of the order."""
-        if self._sizes[0].ranks == 1:
-            return placement
-        total = sum(sizes.weights for sizes in self._sizes)
-        left = self.policy.shard_param_frac * total
-        resident = set(placement.resident)
-        for number in reversed(range(len(self._sizes))):
-            size = self._sizes[number].weights
-            if left < size / 2:
-                break
-            left -= size
-            resident.discard(number)
-        return dataclasses.replace(placement, resident=frozenset(resident))
 
     def _bytes(self, *, accumulates: bool) -> list[ChunkBytes]:
         return [sizes.bytes(accumulates=accumulates) for sizes in self._sizes]

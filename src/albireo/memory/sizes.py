@@ -57,4 +57,5 @@ class ChunkSizes:
             host_gradients=gradients if self.trained else 0,
             trained=self.trained,
             is_root=self.is_root,
+            ranks=self.ranks,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from albireo.errors import ModelError
+from albireo.models.family import Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -12,13 +13,17 @@ if TYPE_CHECKING:
 __all__ = ["enable_activation_checkpointing"]
 
 
-def enable_activation_checkpointing(model: PreTrainedModel, *, preserve_rng_state: bool) -> None:
+def enable_activation_checkpointing(
+    model: PreTrainedModel, *, preserve_rng_state: bool, family: Family | None = None
+) -> None:
     """Turn on the model's own activation checkpointing, a block at a time (Chen et al., 2016).
 
     Args:
         model: the model; it recomputes while it is in training mode.
         preserve_rng_state: recompute with the random state of the forward, as dropout needs. Without dropout False
             saves keeping and restoring that state for each block.
+        family: tells the blocks. The last one then keeps what it has computed: its backward comes at once, when as much
+            would be computed again. None: all are recomputed.
 
     Raises:
         ModelError: the model has no such switch.
@@ -33,3 +38,6 @@ def enable_activation_checkpointing(model: PreTrainedModel, *, preserve_rng_stat
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[no-untyped-call]
     # The switch also makes embeddings ask for a gradient, frozen or not, which only reentrant checkpointing needs.
     model.disable_input_require_grads()  # type: ignore[no-untyped-call]
+    if family is not None:
+        _, last = family.blocks(model)[-1]
+        vars(last)["gradient_checkpointing"] = False

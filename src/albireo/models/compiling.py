@@ -34,7 +34,8 @@ def compile_blocks(
         model: the model; its blocks get a forward of their own, which calls theirs. Its own switch for activation
             checkpointing must be off.
         family: tells the blocks.
-        checkpointing: keep only what goes into a block, and compute the rest again in the backward.
+        checkpointing: keep only what goes into a block, and compute the rest again in the backward; but the last block
+            keeps all, since its backward comes at once. It is compiled by itself.
         preserve_rng_state: recompute with the random state of the forward, as dropout needs.
 
     Returns:
@@ -55,8 +56,8 @@ def compile_blocks(
         )
 
     blocks = family.blocks(model)
-    for _, block in blocks:
-        forward = MethodType(recomputed, block) if checkpointing else block.forward
+    for number, (_, block) in enumerate(blocks, 1):
+        forward = MethodType(recomputed, block) if checkpointing and number < len(blocks) else block.forward
         # On the instance, so that neither the class nor another model of it changes.
         block.forward = torch.compile(forward)
     return len(blocks)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from albireo.device.triton_kernels import triton_runs_on
 from albireo.errors import ModelError
-from albireo.ops.softmax_kernel import kernel_is_available, loss_and_gradient
+from albireo.ops.softmax_kernel import loss_and_gradient
 
 __all__ = ["default_piece_rows", "linear_cross_entropy"]
 
@@ -231,7 +232,7 @@ class _Softmax:
         self, like: Tensor, rows: int, vocabulary: int, wide: torch.dtype, narrow: torch.dtype, scale: float
     ) -> None:
         self.logits = like.new_empty((rows, vocabulary), dtype=wide)
-        self._fused = wide == torch.float32 and kernel_is_available(like)
+        self._fused = wide == torch.float32 and triton_runs_on(like.device)
         # The kernel writes the gradient alone: in the dtype of the products, or over the logits if that is theirs.
         in_place = self._fused and narrow == wide
         self._second = (

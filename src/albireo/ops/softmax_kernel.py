@@ -6,30 +6,10 @@ language model. Here each row is read twice, the second time from the cache, and
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-
 import torch
 from torch import Tensor
 
-__all__ = ["kernel_is_available", "loss_and_gradient"]
-
-
-def kernel_is_available(tensor: Tensor) -> bool:
-    """Return True if the kernel can run on a tensor's device.
-
-    It needs an NVIDIA GPU, Triton (which torch brings on Linux), and a C compiler, with which Triton builds its
-    launcher at the first use. Without one of these torch's own kernels do the same, with more passes.
-
-    Args:
-        tensor: any tensor on the device in question.
-    """
-    if not tensor.is_cuda or torch.version.hip is not None:
-        return False
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+__all__ = ["loss_and_gradient"]
 
 
 def loss_and_gradient(logits: Tensor, labels: Tensor, keep: Tensor, gradient: Tensor, scale: float) -> Tensor:

@@ -9,9 +9,10 @@ from itertools import product
 import torch
 
 from albireo.log import Log
+from albireo.optim.adam_values import AdamValues
 from albireo.optim.host_kernel import CompiledKernel, HostKernel, TorchKernel
 from albireo.optim.host_library import Form, HostAdamLibrary, NoCompiledKernelError, load_host_adam
-from albireo.optim.host_step import AdamValues, HostStep
+from albireo.optim.host_step import HostStep
 
 __all__ = ["choose_kernel", "matching_form"]
 

@@ -6,30 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["AdamValues", "HostStep"]
+from albireo.optim.adam_values import AdamValues
 
-
-@dataclass(frozen=True)
-class AdamValues:
-    """What a parameter group says, as it was at the call.
-
-    Attributes:
-        lr: the learning rate.
-        beta1: decay rate of the first moment.
-        beta2: decay rate of the second moment.
-        eps: what is added to the denominator.
-        weight_decay: the decay of weights.
-        decoupled: weights decay by themselves (AdamW); else the decay is added to the gradient.
-        maximize: steps go up the gradient.
-    """
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    decoupled: bool
-    maximize: bool
+__all__ = ["HostStep"]
 
 
 @dataclass(frozen=True, eq=False)

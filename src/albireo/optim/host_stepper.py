@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -13,8 +12,8 @@ import torch
 from albireo.device.cores import usable_cores
 from albireo.errors import ConfigError
 from albireo.log import Log
+from albireo.optim.adam_values import AdamValues, is_adam
 from albireo.optim.host_kernel_choice import choose_kernel
-from albireo.optim.host_step import AdamValues
 from albireo.optim.host_ticket import Ticket
 from albireo.optim.host_worker import HostWorker
 
@@ -160,10 +159,7 @@ def _values_by_parameter(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Para
     Raises:
         ConfigError: it is not Adam, or a variant that is not there.
     """
-    adam = torch.optim.Adam
-    # Both are wrapped, by torch itself, in hooks of which each has a number of its own.
-    same_step = inspect.unwrap(type(optimizer).step) is inspect.unwrap(adam.step)
-    if not isinstance(optimizer, adam) or not same_step:
+    if not is_adam(optimizer):
         raise ConfigError(
             f"the host stepper steps Adam and AdamW, not {type(optimizer).__name__}: take HybridAdam, or leave the "
             "optimizer's states on the device"
@@ -175,15 +171,5 @@ def _values_by_parameter(optimizer: torch.optim.Optimizer) -> dict[torch.nn.Para
                 raise ConfigError(
                     f"the host stepper has no {variant}=True: leave it out, or leave the optimizer's states on the device"
                 )
-        beta1, beta2 = group["betas"]
-        of_group = AdamValues(
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            decoupled=bool(group["decoupled_weight_decay"]),
-            maximize=bool(group["maximize"]),
-        )
-        values.update(dict.fromkeys(group["params"], of_group))
+        values.update(dict.fromkeys(group["params"], AdamValues.of(group)))
     return values

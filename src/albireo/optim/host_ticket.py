@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import torch
 
-from albireo.optim.host_step import AdamValues, HostStep
+from albireo.optim.adam_values import AdamValues, adam_state
+from albireo.optim.host_step import HostStep
 from albireo.optim.host_worker import HostWorker, WorkItem
 
 __all__ = ["Ticket"]
@@ -92,7 +93,7 @@ class Ticket:
         if output is not None:
             _check("the output", output, parameter.numel(), _DTYPES)
         self._worker.refuse_after_error()
-        state = _state_of(parameter, self._state)
+        state = adam_state(self._state, parameter)
         for name in ("exp_avg", "exp_avg_sq"):
             _check(f"the state {name}", state[name], parameter.numel(), (torch.float32,))
         # Through numpy, which is several times as quick: this runs on the loop's core, for every parameter.
@@ -158,13 +159,3 @@ def _check(what: str, tensor: torch.Tensor, numel: int, dtypes: tuple[torch.dtyp
         )
     if tensor.dtype not in dtypes:
         raise ValueError(f"{what} must be {' or '.join(map(str, dtypes))}, not {tensor.dtype}")
-
-
-def _state_of(parameter: torch.nn.Parameter, states: dict[torch.Tensor, Any]) -> dict[str, torch.Tensor]:
-    """Return a parameter's state, made as torch makes it if there is none."""
-    state: dict[str, torch.Tensor] = states[parameter]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
-    return state

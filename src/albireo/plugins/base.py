@@ -74,6 +74,10 @@ class ModelWrapper(nn.Module):
         """Return the user's model."""
         return cast("nn.Module", self._original)
 
+    def weight_tensors(self) -> Iterator[torch.Tensor]:
+        """Yield what holds weights on this rank; several may share memory."""
+        yield from self.unwrap().parameters()
+
 
 class Plugin(ABC):
     """A way to train. The same calls serve every plugin; what differs is where weights, gradients and states live.
@@ -114,6 +118,11 @@ class Plugin(ABC):
         """
         give_memory(model, device, weights)
         model.to(device)
+
+    @property
+    def step_ulps(self) -> int:
+        """How far a step may be from that of torch's own optimizer, in units in the last place; 0: equal to the bit."""
+        return 0
 
     @abstractmethod
     def configure(

@@ -26,6 +26,7 @@ from albireo.sharding import (
     ReducedGradients,
     ShardedOptimizer,
     make_buckets,
+    steps_in_parts,
 )
 from albireo.sharding.weight_source import WeightSource
 
@@ -105,6 +106,16 @@ class LowLevelZeroPlugin(PartsPlugin):
         self._overlap_gather = overlap_allgather
         self._cpu_offload = cpu_offload
 
+    @property
+    def step_ulps(self) -> int:
+        """See the base class: a kernel of ours steps weights in halves, and one number in 2^17 is nudged to fit them."""
+        return 2 if self._keeps_halves else 0
+
+    @property
+    def _keeps_halves(self) -> bool:
+        """True if fp32 weights are kept as bf16 ones and the rest, on the device."""
+        return self.precision == "bf16" and not self._cpu_offload
+
     def configure(
         self,
         model: nn.Module,
@@ -126,7 +137,9 @@ class LowLevelZeroPlugin(PartsPlugin):
         trained = [p for p in sharded if p.requires_grad and p in stepped]
         others = [p for p in sharded if not (p.requires_grad and p in stepped)]
         elements, on_host = self._bucket_elements, self._cpu_offload
-        made = make_buckets(trained, dtypes, world, bucket_elements=elements, on_host=on_host)
+        in_halves = self._keeps_halves and optimizer is not None and steps_in_parts(optimizer)
+        made = make_buckets(trained, dtypes, world, bucket_elements=elements, on_host=on_host, in_halves=in_halves)
+        # What is not stepped is saved as it came, to the bit.
         kept = make_buckets(others, dtypes, world, bucket_elements=elements, on_host=on_host)
         gradients: Gradients | None = None
         wrapped: OptimizerWrapper | None = None

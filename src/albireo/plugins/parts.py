@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -65,6 +65,12 @@ class ShardedModel(ModelWrapper):
         """This rank's part of all parameters."""
         return (fragment for bucket in self.buckets for fragment in bucket.fragments)
 
+    def weight_tensors(self) -> Iterator[torch.Tensor]:
+        """See the base class: what computes, and fp32 weights in whatever form."""
+        yield from super().weight_tensors()
+        for bucket in self.buckets:
+            yield from (tensor for tensor in (bucket.master, bucket.rest) if tensor is not None)
+
     def flush(self) -> None:
         """Finish what is under way, before weights or states are read."""
         if self._flushes is not None:
@@ -90,7 +96,7 @@ class PartsPlugin(Plugin):
             sharded.update(bucket.parameters)
             for fragment in bucket.fragments:
                 if fragment.parameter in names:
-                    yield fragment_slice(f"model/{names[fragment.parameter]}", fragment, fragment.master)
+                    yield fragment_slice(f"model/{names[fragment.parameter]}", fragment, fragment.weights())
         for tensor, name in names.items() if world.is_main else ():
             if tensor not in sharded:
                 yield whole(f"model/{name}", tensor)
@@ -131,7 +137,9 @@ class PartsPlugin(Plugin):
                         source.read_into(f"model/{name}", tensor)
                     elif tensor in owned:
                         fragment = owned[tensor]
-                        source.read_slice_into(f"model/{name}", fragment.cut.start, fragment.master)
+                        values = fragment.weights()
+                        source.read_slice_into(f"model/{name}", fragment.cut.start, values)
+                        fragment.replace_weights(values)
 
         # A rank that cannot read must not leave the others waiting for its part.
         on_all(sharded.world, read)

@@ -5,7 +5,7 @@ from albireo.sharding.flat import ALIGNMENT, Cut, FlatLayout, Segment, plan_buck
 from albireo.sharding.flat_parameters import FlatParameters
 from albireo.sharding.gradients import Gradients, LocalGradients
 from albireo.sharding.offload import GradientOffload, OffloadedStep
-from albireo.sharding.optimizer import ShardedOptimizer
+from albireo.sharding.optimizer import ShardedOptimizer, steps_in_parts
 from albireo.sharding.part_optimizer import PartOptimizer
 from albireo.sharding.reduced_gradients import ReducedGradients
 from albireo.sharding.state import fragment_slice, optimizer_slices, restore_optimizer
@@ -33,4 +33,5 @@ __all__ = [
     "optimizer_slices",
     "plan_buckets",
     "restore_optimizer",
+    "steps_in_parts",
 ]

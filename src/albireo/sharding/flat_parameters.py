@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -31,8 +32,19 @@ class FlatParameters(Protocol):
         """The buffer that computes, 1-D [layout.numel]."""
 
     @property
+    def master(self) -> torch.Tensor | None:
+        """This rank's part in fp32, 1-D; None where it is kept in halves."""
+
+    @property
+    def rest(self) -> torch.Tensor | None:
+        """What this rank's part of `compute` lacks where fp32 weights are kept in halves; else None."""
+
+    @property
     def fragments(self) -> Sequence[Fragment]:
         """This rank's parts of parameters, in the order of the segments."""
+
+    def joined(self) -> AbstractContextManager[None]:
+        """Have masters that are kept in halves in memory, for an optimizer to step."""
 
     def publish(self, *, is_cast: bool = False) -> Transfer:
         """Cast this rank's fp32 weights to what computes, and see to it that all ranks get them.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import nn
@@ -12,13 +14,15 @@ from albireo.distributed.collectives import Transfer, sum_in_rank_order
 from albireo.errors import ConfigError
 from albireo.optim import HybridAdam, LossScale
 from albireo.optim.overflow import flagged, leaves_out_by_flag
+from albireo.optim.split_adam import SplitAdam, SplitStep
 from albireo.sharding.bucket import Fragment
+from albireo.sharding.flat import ALIGNMENT
 from albireo.sharding.flat_parameters import FlatParameters
 from albireo.sharding.gradients import Gradients
 from albireo.sharding.offload import GradientOffload, OffloadedStep
 from albireo.sharding.part_optimizer import PartOptimizer
 
-__all__ = ["ShardedOptimizer"]
+__all__ = ["ShardedOptimizer", "steps_in_parts"]
 
 # What is stepped at a time, in elements: 16-bit gradients are cast into a scratch of so many fp32 numbers (128 MB).
 _STEP_ELEMENTS = 2**25
@@ -38,7 +42,8 @@ class ShardedOptimizer(PartOptimizer):
         host_step: steps fragments on the host, if their gradients are offloaded; None steps by the optimizer itself.
 
     Raises:
-        ConfigError: the optimizer is not element-wise, or has states already.
+        ConfigError: the optimizer is not element-wise, or has states already; or weights are kept in halves and it cannot
+            step them in parts.
     """
 
     def __init__(
@@ -53,13 +58,20 @@ class ShardedOptimizer(PartOptimizer):
         host_step: OffloadedStep | None = None,
     ) -> None:
         # Before the wrapper adds a hook of its own.
-        self._in_parts = _steps_in_parts(optimizer)
+        self._in_parts = steps_in_parts(optimizer)
         super().__init__(optimizer, world, loss_scale)
+        in_halves = any(bucket.rest is not None for bucket in gradients.buckets)
+        one_pass = in_halves and SplitAdam.can_step(optimizer, world.device)
+        self._split_adam = SplitAdam(optimizer) if one_pass else None
         self._gradients = gradients
         self._max_norm = max_norm
         self._overlap_gather = overlap_gather
         self._host_step = host_step
         self._scaled = False
+        if in_halves and not self._in_parts:
+            raise ConfigError(
+                "weights in halves are joined a part at a time, and this optimizer steps all at once: keep them in fp32"
+            )
         fragments: dict[torch.Tensor, Fragment] = {
             fragment.parameter: fragment for bucket in gradients.buckets for fragment in bucket.fragments
         }
@@ -264,10 +276,12 @@ class ShardedOptimizer(PartOptimizer):
 
     def _batches(self, buckets: Sequence[FlatParameters]) -> Iterator[list[FlatParameters]]:
         """Yield buckets, as many at a time as may be stepped at once."""
+        # One pass takes no scratch; alone, there is no other rank to send to meanwhile.
+        at_once = self._split_adam is not None and self._world.world_size == 1
         batch: list[FlatParameters] = []
         elements = 0
         for bucket in buckets:
-            if self._in_parts and batch and elements + bucket.layout.partition_numel > _STEP_ELEMENTS:
+            if self._in_parts and not at_once and batch and elements + bucket.layout.partition_numel > _STEP_ELEMENTS:
                 yield batch
                 batch, elements = [], 0
             batch.append(bucket)
@@ -282,30 +296,58 @@ class ShardedOptimizer(PartOptimizer):
             for fragment in bucket.fragments
             if fragment.master in group_of and (gradient := self._gradients.of(fragment)) is not None
         ]
-        narrow = [part for part in found if self._gradients.is_to_be_cast(*part)]
+        with ExitStack() as stack:
+            if self._split_adam is not None:
+                found = self._step_in_one_pass(self._split_adam, found, group_of)
+            else:
+                for bucket in buckets:
+                    stack.enter_context(bucket.joined())
+            for fragment, gradient in found:
+                if not self._gradients.is_to_be_cast(fragment, gradient):
+                    fragment.master.grad = gradient
+            self._cast_gradients(found)
+            try:
+                for number, group in enumerate(self.optim.param_groups):
+                    group["params"] = [fragment.master for fragment, _ in found if group_of[fragment.master] == number]
+                self._stepping = True
+                self.optim.step()
+            finally:
+                self._stepping = False
+                for fragment, _ in found:
+                    fragment.master.grad = None
+
+    def _step_in_one_pass(
+        self,
+        kernel: SplitAdam,
+        found: Sequence[tuple[Fragment, torch.Tensor]],
+        group_of: Mapping[nn.Parameter, int],
+    ) -> list[tuple[Fragment, torch.Tensor]]:
+        """Step what is kept in halves, and return the others."""
+        chosen: dict[tuple[int, torch.dtype], list[SplitStep]] = defaultdict(list)
+        others = []
         for fragment, gradient in found:
-            if not self._gradients.is_to_be_cast(fragment, gradient):
-                fragment.master.grad = gradient
-        if narrow:
-            scratch = torch.empty(
-                sum(-(-g.numel() // 64) * 64 for _, g in narrow), dtype=torch.float32, device=narrow[0][1].device
-            )
-            end = 0
-            for fragment, gradient in narrow:
-                fragment.master.grad = scratch[end : end + gradient.numel()]
-                end += -(-gradient.numel() // 64) * 64
-            self._gradients.cast(
-                [g for _, g in narrow], [f.master.grad for f, _ in narrow if f.master.grad is not None]
-            )
-        try:
-            for number, group in enumerate(self.optim.param_groups):
-                group["params"] = [fragment.master for fragment, _ in found if group_of[fragment.master] == number]
-            self._stepping = True
-            self.optim.step()
-        finally:
-            self._stepping = False
-            for fragment, _ in found:
-                fragment.master.grad = None
+            if fragment.rest is None:
+                others.append((fragment, gradient))
+            else:
+                step = SplitStep(fragment.master, fragment.compute, fragment.rest, gradient)
+                chosen[group_of[fragment.master], gradient.dtype].append(step)
+        for (number, dtype), steps in chosen.items():
+            # Gradients in fp32 have been multiplied already.
+            factor = None if dtype == torch.float32 else self._gradients.factor
+            kernel.step(self.optim.param_groups[number], steps, factor)
+        return others
+
+    def _cast_gradients(self, found: Sequence[tuple[Fragment, torch.Tensor]]) -> None:
+        """Give narrow gradients to the masters in fp32."""
+        narrow = [(fragment, gradient) for fragment, gradient in found if self._gradients.is_to_be_cast(fragment, gradient)]
+        if not narrow:
+            return
+        room = [-(-gradient.numel() // ALIGNMENT) * ALIGNMENT for _, gradient in narrow]
+        scratch = torch.empty(sum(room), dtype=torch.float32, device=narrow[0][1].device)
+        wide = [part[: g.numel()] for part, (_, g) in zip(torch.split(scratch, room), narrow, strict=True)]
+        for (fragment, _), gradient in zip(narrow, wide, strict=True):
+            fragment.master.grad = gradient
+        self._gradients.cast([gradient for _, gradient in narrow], wide)
 
 
 def _cut_state(optimizer: torch.optim.Optimizer, fragment: Fragment) -> None:
@@ -327,7 +369,7 @@ def _cut_state(optimizer: torch.optim.Optimizer, fragment: Fragment) -> None:
         optimizer.state[fragment.master][key] = part
 
 
-def _steps_in_parts(optimizer: torch.optim.Optimizer) -> bool:
+def steps_in_parts(optimizer: torch.optim.Optimizer) -> bool:
     """Return True if several calls on parts of the parameters are one step: known of torch's own, without hooks."""
     hooks = (vars(optimizer).get(f"_optimizer_step_{when}_hooks") for when in ("pre", "post"))
     return (isinstance(optimizer, HybridAdam) or type(optimizer) in _IN_PARTS) and not any(hooks)

@@ -233,7 +233,7 @@ def _prepare_blocks(model: PreTrainedModel, family: Family, config: RunConfig, p
         blocks = compile_blocks(model, family, checkpointing=checkpointing, preserve_rng_state=dropout)
         progress.message(f"compiling  {blocks} blocks, once for all: the first step takes longer")
     elif checkpointing:
-        enable_activation_checkpointing(model, preserve_rng_state=dropout)
+        enable_activation_checkpointing(model, preserve_rng_state=dropout, family=family)
 
 
 def _resume(folder: RunFolder, state: RunState, world: World, progress: Progress, files: FileOperations) -> Position:

@@ -52,7 +52,7 @@ def measure_memory_use(
     """Tell who holds the memory of a device.
 
     Args:
-        model: its parameters; of a sharded one, this rank's part counts.
+        model: what holds its weights; of a sharded one, this rank's part counts.
         optimizer: what steps them or, where they are sharded, this rank's parts of them in fp32.
         config: the run.
         parameters: how many numbers are trained.

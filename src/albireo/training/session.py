@@ -215,7 +215,7 @@ class Session:
     def _memory_use(self) -> MemoryUse:
         reading = self.booster.plugin.peaks(self.world.device).read()
         return measure_memory_use(
-            self.model.unwrap().parameters(),
+            self.model.weight_tensors(),
             self.optimizer.unwrap(),
             self.config,
             parameters=self.parameters,

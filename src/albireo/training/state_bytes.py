@@ -98,8 +98,9 @@ def needs_of(config: RunConfig) -> MemoryNeeds:
 def _low_level_zero(config: RunConfig) -> MemoryNeeds:
     ranks, offloads = config.plugin.gpus, config.plugin.cpu_offload
     compute = _FP32 if config.plugin.precision == "fp32" else 2
-    # In fp32, what computes is the master too, unless that is on the host.
-    master = 0.0 if compute == _FP32 and not offloads else _FP32 / ranks
+    # In fp32, what computes is the master too, and in bf16 half of it, unless that is on the host.
+    shared = 0 if offloads else {"fp32": _FP32, "bf16": 2}.get(config.plugin.precision or "", 0)
+    master = (_FP32 - shared) / ranks
     on_device, on_host = _zero_gradients(config, compute)
     if not offloads:
         return MemoryNeeds(StateBytes(compute + master, on_device, _MOMENTS / ranks))

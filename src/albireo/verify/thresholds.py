@@ -29,15 +29,16 @@ class Thresholds:
     step_ulps: int = 0
 
     @staticmethod
-    def of(precision: str) -> Thresholds:
+    def of(precision: str, *, step_ulps: int = 0) -> Thresholds:
         """Return those of a precision.
 
         Args:
             precision: "fp32", "fp16" or "bf16".
+            step_ulps: what the plugin needs.
 
         Raises:
             ConfigError: there is no such precision.
         """
         if precision not in _GRADIENT:
             raise ConfigError(f"precision is one of {', '.join(_GRADIENT)}, not {precision!r}")
-        return Thresholds(_GRADIENT[precision])
+        return Thresholds(_GRADIENT[precision], step_ulps=step_ulps)

@@ -54,7 +54,7 @@ class Verifier:
             in) and an optimizer with the same groups. It is called on the main rank alone, once, at the first step.
         names_of: names of a model's tensors, for the boosted model's `unwrap()` and the reference; those of the state
             dict if None.
-        thresholds: what passes; those of the plugin's precision if None.
+        thresholds: what passes; those of the plugin and its precision if None.
     """
 
     def __init__(
@@ -71,7 +71,9 @@ class Verifier:
         self._factory = reference_factory
         self._names_of = names_of if names_of is not None else names_in
         precision = booster.plugin.precision
-        self.thresholds = thresholds if thresholds is not None else Thresholds.of(precision)
+        self.thresholds = (
+            thresholds if thresholds is not None else Thresholds.of(precision, step_ulps=booster.plugin.step_ulps)
+        )
         self._form = Form(precision, booster.plugin.compute_form, booster.world.device)
         self._reference: PlainReference | None = None
         self._steps = 0
