@@ -339,7 +339,9 @@ class ShardedOptimizer(PartOptimizer):
 
     def _cast_gradients(self, found: Sequence[tuple[Fragment, torch.Tensor]]) -> None:
         """Give narrow gradients to the masters in fp32."""
-        narrow = [(fragment, gradient) for fragment, gradient in found if self._gradients.is_to_be_cast(fragment, gradient)]
+        narrow = [
+            (fragment, gradient) for fragment, gradient in found if self._gradients.is_to_be_cast(fragment, gradient)
+        ]
         if not narrow:
             return
         room = [-(-gradient.numel() // ALIGNMENT) * ALIGNMENT for _, gradient in narrow]
