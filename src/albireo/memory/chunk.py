@@ -75,9 +75,13 @@ class Chunk:
         self.layout = FlatLayout.of([parameter.shape for parameter in parameters], world.world_size)
         self._pool = pool
         self.compute = pool.empty(self.layout.numel, self.dtype)
-        pool.let_go(self.compute)
         first = world.rank * self.layout.partition_numel
         self.partition = self.compute[first : first + self.layout.partition_numel]
+        # Views are made while there is memory: torch makes none of a storage of size zero.
+        self._views = [self.compute[part.offset : part.stop].view(part.shape) for part in self.layout.segments]
+        cuts = self.layout.cuts(world.rank)
+        self._runs = [(cut, self.partition[cut.offset : cut.offset + cut.numel]) for cut in cuts]
+        pool.let_go(self.compute)
         self.states_place: States = states
         self.home_place: Home = home
         self.resident = home == "storage"
@@ -87,7 +91,7 @@ class Chunk:
         self.home_arrival: Arrival | None = None
         self.on_publish: Callable[[Chunk], None] | None = None
         self.master = self._states_buffer(states, home)
-        self.fragments = self._make_fragments(world, source)
+        self.fragments = self._make_fragments(source)
         self.home = self._home_buffer(home)
         if self.home is not self.master:
             self.home.copy_(self.master)
@@ -134,8 +138,8 @@ class Chunk:
         """Let the parameters be views of the storage."""
         if self.is_attached:
             return
-        for parameter, segment in zip(self.parameters, self.layout.segments, strict=True):
-            parameter.data = self.compute[segment.offset : segment.stop].view(segment.shape)
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            parameter.data = view
         self.is_attached = True
 
     def detach(self) -> None:
@@ -169,8 +173,9 @@ class Chunk:
         Raises:
             RuntimeError: with what to do instead.
         """
-        for parameter, segment, version in zip(self.parameters, self.layout.segments, self._versions, strict=True):
-            moved = self.is_attached and parameter.data_ptr() != self.compute[segment.offset :].data_ptr()
+        parts = zip(self.parameters, self.layout.segments, self._views, self._versions, strict=True)
+        for parameter, segment, view, version in parts:
+            moved = self.is_attached and parameter.data_ptr() != view.data_ptr()
             if moved or parameter.dtype != self.dtype:
                 raise RuntimeError(
                     f"a weight of shape {segment.shape} has left its place: a boosted model must not be cast, moved or "
@@ -225,15 +230,15 @@ class Chunk:
                 if isinstance(value, torch.Tensor) and (value.dim() > 0 or _counts_on_device(optimizer, fragment)):
                     state[key] = value.to(self.master.device, copy=True)
 
-    def _make_fragments(self, world: World, source: WeightSource) -> tuple[Fragment, ...]:
+    def _make_fragments(self, source: WeightSource) -> tuple[Fragment, ...]:
         fragments = []
         with torch.no_grad():
-            for cut in self.layout.cuts(world.rank):
+            for cut, compute in self._runs:
                 parameter = self.parameters[cut.segment]
                 run = slice(cut.offset, cut.offset + cut.numel)
                 source.fill(parameter, cut.start, self.master[run])
                 master = nn.Parameter(self.master[run], requires_grad=parameter.requires_grad)
-                fragments.append(Fragment(parameter, cut.segment, cut, master, self.partition[run]))
+                fragments.append(Fragment(parameter, cut.segment, cut, master, compute))
             for parameter in self.parameters:
                 if parameter.is_meta:
                     # A parameter on the meta device takes no other data; its place in modules and optimizers stays. It

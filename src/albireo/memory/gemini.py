@@ -45,6 +45,7 @@ class Setting:
         limits: what memory there is.
         chunk_elements: how many elements a chunk has, about.
         peak_bytes: returns the most that was allocated on the device since the last call.
+        say: takes a line about each placement.
     """
 
     world: World
@@ -53,6 +54,7 @@ class Setting:
     limits: MemoryLimits
     chunk_elements: int
     peak_bytes: Callable[[], int]
+    say: Callable[[str], None]
 
 
 class Gemini:
@@ -100,6 +102,9 @@ class Gemini:
             for number, plan in enumerate(plans)
         )  # fmt: skip
         self.manager = StatefulTensorManager(self.chunks, setting.pool)
+        for chunk in self.chunks:
+            if chunk.resident:
+                setting.pool.take_back(chunk.compute)
         self.gradients = self._make_gradients()
         self._collector = MemStatsCollector(setting.peak_bytes, self._model_bytes)
         self.conductor = Conductor(
@@ -215,6 +220,7 @@ class Gemini:
             if offload is not None:
                 offload.release(chunk)
         self.conductor.itinerary = Itinerary(trace, self.placement)
+        self._setting.say(self._planner.describe(self.placement))
 
     def _model_bytes(self) -> int:
         """Return what chunks, their states and the gradients that wait for the step take on the device."""

@@ -115,6 +115,21 @@ class Planner:
             host_bytes=self.limits.host,
         )
 
+    def describe(self, placement: Placement) -> str:
+        """Return a placement in one line.
+
+        Args:
+            placement: one of this planner's.
+        """
+        stepped = [number for number, sizes in enumerate(self._sizes) if sizes.trained]
+        on_device = len(placement.states_on_device.intersection(stepped))
+        gb = 2**30
+        return (
+            f"placement  {self.policy.kind}: weights of {len(placement.resident)} of {len(self._sizes)} chunks stay on the "
+            f"device, states of {on_device} of {len(stepped)}; {placement.device_bytes / gb:.2f} GB there, "
+            f"{placement.host_bytes / gb:.2f} GB on the host, {placement.traffic_bytes / gb:.2f} GB moved a step"
+        )
+
     def scaled(self, trace: Trace, factor: float) -> Trace:
         """Return a trace as it would be for a larger batch.
 

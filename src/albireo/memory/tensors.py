@@ -134,7 +134,11 @@ class StatefulTensorManager:
             chunk.resident = resident
             self._changes()
             chunk.place(states, home, optimizer)
-            self.drop(chunk)
+            if resident:
+                # The host stepper writes into it.
+                self._pool.take_back(chunk.compute)
+            else:
+                self.drop(chunk)
         return came
 
     def _published(self, chunk: Chunk) -> None:

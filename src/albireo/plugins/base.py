@@ -91,11 +91,13 @@ class Plugin(ABC):
             regular expressions.
         needs_process_group: a single rank has to have one too.
         fills_weights: it takes a model whose parameters have no memory, and fills them where they are to lie.
+        say: takes a line for the user, where the plugin has decided something; None: nobody listens.
         takes_uneven_micro_batches: ranks may come to a step with different numbers of micro-batches.
     """
 
     name: str
     precision: str
+    say: Callable[[str], None] | None = None
     # One that says nothing of it has one precision, and no other.
     _precision_given: bool = True
     _peaks: PeakMemory | None = None

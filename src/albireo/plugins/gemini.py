@@ -26,6 +26,9 @@ from albireo.sharding.weight_source import ParameterValues, WeightSource
 
 __all__ = ["GeminiPlugin"]
 
+# The share of what torch's allocator may take that a plan gives out: some of it lies in pieces that fit nothing.
+_USABLE = 0.96
+
 
 class _GeminiModel(ShardedModel):
     """A model in chunks.
@@ -183,10 +186,14 @@ class GeminiPlugin(PartsPlugin):
         gradients = sharded_model(model).gradients
         return nullcontext() if gradients is None else gradients.more_to_come()
 
+    def _report(self, line: str) -> None:
+        if self.say is not None:
+            self.say(line)
+
     def _setting(self, world: World, pool: DevicePool) -> Setting:
         device: int | None = self._mem_cap_bytes
         if world.device.type == "cuda":
-            device = device_room_bytes(world.device, self._mem_cap_bytes or 0)
+            device = int(device_room_bytes(world.device, self._mem_cap_bytes or 0) * _USABLE)
         peaks = self.peaks(world.device)
         return Setting(
             world=world,
@@ -195,7 +202,12 @@ class GeminiPlugin(PartsPlugin):
             limits=MemoryLimits(device, host_room_bytes(self._host_cap_bytes, world.local_world_size)),
             chunk_elements=self._chunk_elements,
             peak_bytes=peaks.interval_peak_bytes,
+            say=self._report if world.is_main else _nothing,
         )
+
+
+def _nothing(_: str) -> None:
+    """Say nothing."""
 
 
 def _policy(

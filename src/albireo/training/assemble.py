@@ -82,6 +82,7 @@ def open_session(
         for line in data.lines:
             progress.message(line)
         plugin = make_plugin(config.plugin)
+        plugin.say = progress.message
         if plugin.needs_process_group:
             stack.enter_context(process_group(world))
         stack.enter_context(warnings.catch_warnings())
