@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from albireo.checkpoint import OneRank, Snapshot, open_checkpoint, save_checkpoi
 from albireo.distributed import World
 from albireo.errors import AlbireoError, CheckpointError, ConfigError
 from albireo.optim import HybridAdam, OptimizerWrapper
+from albireo.optim.adam_values import adam_state
+from albireo.optim.split_adam import SplitStep
+from albireo.optim.split_weights import join, split
 from albireo.plugins import LowLevelZeroPlugin, ModelWrapper, Plugin, TorchDDPPlugin
 
 CPU = torch.device("cpu")
@@ -333,6 +336,50 @@ def test_where_adam_runs_on_the_same_side_offloading_changes_no_number(precision
             torch.testing.assert_close(data, results[1][1][name], rtol=1e-5, atol=1e-9, msg=name)
         return
     assert results[0][0] == results[1][0]
+    for name, data in results[0][1].items():
+        assert torch.equal(data, results[1][1][name]), name
+
+
+class OnePass:
+    """What stands for the kernel where there is no GPU: the same step in torch's own kernels."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.states = optimizer.state
+        self.steps = 0
+
+    @staticmethod
+    def can_step(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:  # noqa: ARG004
+        return isinstance(optimizer, HybridAdam)
+
+    def step(self, group: Mapping[str, Any], steps: Sequence[SplitStep], factor: torch.Tensor | None) -> None:
+        for step in steps:
+            self.steps += 1
+            wide = nn.Parameter(torch.empty(step.weight.numel()))
+            join(step.weight, step.rest, wide.detach())
+            wide.grad = step.gradient.float() if factor is None else step.gradient.float() * factor
+            settings = {key: value for key, value in group.items() if key in ("lr", "betas", "eps", "weight_decay")}
+            plain = torch.optim.AdamW([wide], **settings, fused=True)
+            plain.state[wide] = adam_state(self.states, step.parameter)
+            plain.step()
+            split(wide.detach(), step.weight, step.rest)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_halves_that_are_stepped_in_one_pass_are_those_that_are_joined(
+    monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    results = []
+    for one_pass in (False, True):
+        if one_pass:
+            monkeypatch.setattr("albireo.sharding.optimizer.SplitAdam", OnePass)
+        booster, model, optimizer = boosted(ALONE, LowLevelZeroPlugin(precision="bf16"))
+        numbers = train(booster, model, optimizer, range(STEPS), accumulate, 0.5)
+        names, _ = tensor_names(model.unwrap())
+        parts = booster.plugin.export_state(model, optimizer, names, ALONE)
+        results.append((numbers, {part.name: part.data for part in parts}))
+    assert optimizer._split_adam.steps > 0  # type: ignore[attr-defined]
+    assert results[0][0] == results[1][0]
+    assert results[0][1].keys() == results[1][1].keys()
     for name, data in results[0][1].items():
         assert torch.equal(data, results[1][1][name]), name
 

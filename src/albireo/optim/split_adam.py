@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from albireo.device.triton_kernels import triton_runs_on
 from albireo.optim.adam_values import AdamValues, adam_state, is_adam
 
-__all__ = ["SplitAdam", "SplitStep"]
+__all__ = ["SplitAdam", "SplitStep", "programs_of"]
+
+_Integers = NDArray[np.integer[Any]]
 
 # Elements: of a program, and of what it has in registers at a time.
 _CHUNK, _BLOCK, _WARPS = 16384, 1024, 4
@@ -99,7 +102,8 @@ class SplitAdam:
         table = _on_device(_addresses(tensors), device)
         numels = tuple(step.weight.numel() for step in steps)
         if numels not in self._programs:
-            self._programs[numels] = _programs(numels, device)
+            of_programs, of_tensors = programs_of(numels)
+            self._programs[numels] = _on_device(of_programs, device), _on_device(of_tensors, device)
         tensor_of_program, first_program = self._programs[numels]
         with torch.cuda.device(device):
             split_adam_kernel[tensor_of_program.shape](
@@ -139,19 +143,26 @@ def _corrections(counts: Sequence[torch.Tensor], values: AdamValues) -> torch.Te
     return 1.0 - torch.stack([torch.pow(beta, count) for beta in (values.beta1, values.beta2)])
 
 
-def _addresses(tensors: Sequence[Sequence[torch.Tensor]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _addresses(tensors: Sequence[Sequence[torch.Tensor]]) -> _Integers:
     """Return a row for each parameter: where its tensors are, and how many elements it has."""
     rows = [[*(tensor.data_ptr() for tensor in of_one), of_one[0].numel()] for of_one in tensors]
     return np.array(rows, dtype=np.int64)
 
 
-def _programs(numels: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each program its tensor, and for each tensor its first program."""
+def programs_of(numels: Sequence[int]) -> tuple[_Integers, _Integers]:
+    """Deal tensors to programs of the kernel, a chunk each.
+
+    Args:
+        numels: how many elements each tensor has.
+
+    Returns:
+        For each program the number of its tensor, and for each tensor its first program.
+    """
     chunks = [math.ceil(numel / _CHUNK) for numel in numels]
     first = np.array([0, *itertools.accumulate(chunks)][:-1], dtype=np.int32)
-    return _on_device(np.repeat(np.arange(len(chunks), dtype=np.int32), chunks), device), _on_device(first, device)
+    return np.repeat(np.arange(len(chunks), dtype=np.int32), chunks), first
 
 
-def _on_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+def _on_device(array: _Integers, device: torch.device) -> torch.Tensor:
     """Copy numbers to the device without waiting for it."""
     return torch.from_numpy(array).pin_memory().to(device, non_blocking=True)
