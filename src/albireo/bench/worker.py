@@ -17,8 +17,8 @@ from albireo.data import RandomTokens, samples_at
 from albireo.device import select_device
 from albireo.errors import AlbireoError, OutOfMemoryError
 from albireo.models import build_model, configure_model, enable_activation_checkpointing, resolve_model
+from albireo.training.language_data import RANDOM_BLOCKS
 from albireo.training.memory_needs import is_out_of_memory
-from albireo.training.text import RANDOM_BLOCKS
 
 __all__ = ["run_case"]
 

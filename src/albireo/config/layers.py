@@ -39,7 +39,7 @@ def config_from_mapping(values: Mapping[str, Any], *, where: str, base: RunConfi
         ConfigError: an unknown section or key, or a wrong value.
     """
     config = base if base is not None else RunConfig()
-    sections = RunConfig.sections()
+    sections = RunConfig.sections(config.recipe)
     flat: dict[str, Any] = {}
     for key, part in values.items():
         if key == "recipe":
@@ -75,11 +75,11 @@ def merge(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: an unknown name or a wrong value.
     """
-    infos: dict[str, OptionInfo] = {info.name: info for info in RunConfig.options()}
+    infos: dict[str, OptionInfo] = {info.name: info for info in RunConfig.options(config.recipe)}
     changes: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         if name not in infos:
-            raise ConfigError(f"unknown option {name!r}{_suggestion(name, sorted(infos))}")
+            raise ConfigError(f"the recipe {config.recipe} has no option {name!r}{_suggestion(name, sorted(infos))}")
         info = infos[name]
         changes.setdefault(info.section, {})[name] = info.check(value)
         rival = _RIVALS.get(name)

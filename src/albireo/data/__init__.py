@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from albireo.data.blocks import RandomTokens, TokenBlocks, pack, split_blocks
 from albireo.data.cache import tokenize, trained_tokenizer
-from albireo.data.loader import IGNORED_LABEL, Batch, StepLoader, evaluation_batches
+from albireo.data.loader import IGNORED_LABEL, AnyDataset, Batch, StepLoader, evaluation_batches
 from albireo.data.order import BatchLayout, SampleOrder, epoch_of, epoch_permutation, samples_at, steps_for
 from albireo.data.sampler import EpochSampler
 from albireo.data.source import check_source, open_source
@@ -18,6 +18,7 @@ from albireo.data.tokens import TokenStream
 
 __all__ = [
     "IGNORED_LABEL",
+    "AnyDataset",
     "Batch",
     "BatchLayout",
     "EpochSampler",

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from albireo.data.order import BatchLayout, SampleOrder
 from albireo.errors import ConfigError, DataError
 
-__all__ = ["IGNORED_LABEL", "Batch", "StepLoader", "evaluation_batches"]
+__all__ = ["IGNORED_LABEL", "AnyDataset", "Batch", "StepLoader", "evaluation_batches"]
 
 IGNORED_LABEL = -100
 """A label that counts for nothing, as in transformers and in `torch.nn.functional.cross_entropy`."""

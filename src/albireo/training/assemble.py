@@ -20,23 +20,21 @@ from albireo.distributed import World, process_group
 from albireo.errors import CheckpointError, ConfigError
 from albireo.files import FileOperations
 from albireo.models import Family, compile_blocks, enable_activation_checkpointing
-from albireo.ops import default_piece_rows
 from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
 from albireo.plugins import Plugin, make_plugin
-from albireo.training.causal_lm import CausalLanguageModel
-from albireo.training.language_model import LanguageModelPlan, plan_language_model
 from albireo.training.memory_needs import check_states_fit, explain_out_of_memory_at_start, is_out_of_memory
 from albireo.training.metrics import MetricsWriter, cut_after
 from albireo.training.progress import Progress
+from albireo.training.recipe import ModelPlan, Recipe, RunData, TaskModel
+from albireo.training.recipes import recipe_of
 from albireo.training.recorder import Recorder
 from albireo.training.run_folder import RunFolder
 from albireo.training.saving import Position, RunState, tensor_names
 from albireo.training.session import Session
 from albireo.training.state_bytes import Memory
 from albireo.training.stop import StopRequest
-from albireo.training.text import RunData, check_run_data, load_run_data
 
-__all__ = ["open_session"]
+__all__ = ["build_model", "open_session"]
 
 
 @contextmanager
@@ -56,6 +54,7 @@ def open_session(
     """
     files = files if files is not None else FileOperations()
     _check_nothing_is_open(config)
+    recipe = recipe_of(config.recipe)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(enabled=world.is_main))
         if world.is_main:
@@ -66,18 +65,18 @@ def open_session(
         if config.plugin.mem_cap > 0:
             apply_device_cap(world.device, int(config.plugin.mem_cap * 2**30))
         # What costs nothing to look at comes first; then what is fetched; then what is tokenized and built.
-        check_run_data(config)
-        planned = plan_language_model(config)
+        recipe.check(config)
+        planned = recipe.plan(config)
         _check_memory(config, planned, world)
         planned = planned.fetched(config)
-        data = load_run_data(config, tokenizer=planned.tokenizer, vocab_size=planned.rows, progress=progress)
+        data = recipe.load_data(config, planned, progress)
         layout = BatchLayout(
             batch_size=config.optimizer.batch_size or 1,
             accumulate=config.optimizer.accumulate,
             rank=world.rank,
             world_size=world.world_size,
         )
-        config, steps = _with_lengths(config, len(data.train), layout.samples_per_step)
+        config, steps = _with_lengths(config, data.size, layout.samples_per_step)
         for line in data.lines:
             progress.message(line)
         plugin = make_plugin(config.plugin)
@@ -87,7 +86,7 @@ def open_session(
         for beginning in plugin.harmless_warnings:
             warnings.filterwarnings("ignore", message=beginning)
         try:
-            state = _build_state(config, world, plugin, planned, data, steps, progress)
+            state = _build_state(config, recipe, world, plugin, planned, data, steps, progress)
             position = _resume(folder, state, world, progress, files)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -109,7 +108,7 @@ def open_session(
             progress,
             writer,
             samples_per_step=layout.samples_per_step,
-            dataset_size=len(data.train),
+            dataset_size=data.size,
             compiled=config.plugin.compile,
             loss_scaled=config.plugin.precision == "fp16",
         )
@@ -117,6 +116,7 @@ def open_session(
         with StopRequest() as stop:
             yield Session(
                 config=config,
+                recipe=recipe,
                 folder=folder,
                 world=world,
                 data=data,
@@ -129,14 +129,14 @@ def open_session(
                 position=position,
                 files=files,
                 parameters=sum(p.numel() for p in state.model.unwrap().parameters() if p.requires_grad),
-                logits_bytes=_logits_bytes(layout.batch_size * data.train.sequence_length, planned.rows, world.device),
+                logits_bytes=recipe.output_bytes(config, planned, world.device),
             )
 
 
 def _check_nothing_is_open(config: RunConfig) -> None:
     """Refuse a configuration that `resolve` has not been over: a learning rate of None must not become one of 0."""
     decided = {
-        "sequence_length": config.data.sequence_length,
+        **dict.fromkeys(config.data.left_open),
         "batch_size": config.optimizer.batch_size,
         "learning_rate": config.optimizer.learning_rate,
         "init": config.model.init,
@@ -147,7 +147,7 @@ def _check_nothing_is_open(config: RunConfig) -> None:
             raise ConfigError(f"{name} is left open: pass the configuration through albireo.config.resolve first")
 
 
-def _check_memory(config: RunConfig, planned: LanguageModelPlan, world: World) -> None:
+def _check_memory(config: RunConfig, planned: ModelPlan, world: World) -> None:
     """Refuse at once what cannot fit: weights, gradients and states alone are more than there is."""
     host = read_host_memory()
     share = host.total_bytes // world.local_world_size if host is not None else None
@@ -183,23 +183,47 @@ def _with_lengths(config: RunConfig, dataset_size: int, samples_per_step: int) -
     return dataclasses.replace(config, schedule=schedule), steps
 
 
+def build_model(
+    config: RunConfig, recipe: Recipe, planned: ModelPlan, data: RunData, device: torch.device
+) -> tuple[TaskModel, list[str]]:
+    """Build a run's model as the training step calls it, with all that the configuration does to its blocks.
+
+    Args:
+        config: the run.
+        recipe: what is trained.
+        planned: the model, fetched.
+        data: what it is to read.
+        device: where.
+
+    Returns:
+        The model in training mode, and lines for the user.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or do not go with the data.
+    """
+    pretrained, lines = planned.build(data, config, device)
+    lines += _prepare_blocks(pretrained, planned.family, config)
+    model = recipe.wrap(pretrained, planned.family)
+    model.train()
+    return model, lines
+
+
 def _build_state(
     config: RunConfig,
+    recipe: Recipe,
     world: World,
     plugin: Plugin,
-    planned: LanguageModelPlan,
+    planned: ModelPlan,
     data: RunData,
     steps: int,
     progress: Progress,
 ) -> RunState:
     """Build the model, and boost it."""
     with progress.task(f"building the model ({planned.parameters:,} parameters)"):
-        pretrained, lines = planned.build(data.tokenizer, config, world.device)
+        model, lines = build_model(config, recipe, planned, data, world.device)
     for line in lines:
         progress.message(line)
-    _prepare_blocks(pretrained, planned.family, config, progress)
-    model = CausalLanguageModel(pretrained, planned.family)
-    model.train()
+    pretrained = model.pretrained
     groups = decay_groups(pretrained.named_parameters(), config.optimizer.weight_decay)
     optimizer = adamw(groups, config.optimizer.learning_rate or 0.0)
     schedule = config.schedule
@@ -217,14 +241,15 @@ def _build_state(
     return RunState(booster, boosted, wrapped, scheduler, names, aliases, identity)
 
 
-def _prepare_blocks(model: PreTrainedModel, family: Family, config: RunConfig, progress: Progress) -> None:
+def _prepare_blocks(model: PreTrainedModel, family: Family, config: RunConfig) -> list[str]:
     """Turn on activation checkpointing and compilation, as far as they are asked for."""
     checkpointing, dropout = config.model.checkpointing, config.model.dropout > 0
     if config.plugin.compile:
         blocks = compile_blocks(model, family, checkpointing=checkpointing, preserve_rng_state=dropout)
-        progress.message(f"compiling  {blocks} blocks, once for all: the first step takes longer")
-    elif checkpointing:
+        return [f"compiling  {blocks} blocks, once for all: the first step takes longer"]
+    if checkpointing:
         enable_activation_checkpointing(model, preserve_rng_state=dropout)
+    return []
 
 
 def _resume(folder: RunFolder, state: RunState, world: World, progress: Progress, files: FileOperations) -> Position:
@@ -258,8 +283,3 @@ def _describe(config: RunConfig, world: World, steps: int) -> str:
         f"training   {steps:,} steps of batch {optimizer.batch_size}{accumulated} with {config.plugin.plugin}, "
         f"{config.plugin.precision}, on {ranks}{describe_device(world.device)}"
     )
-
-
-def _logits_bytes(rows: int, vocabulary: int, device: torch.device) -> int:
-    """Return what a piece of logits and its gradient take: two fp32 numbers each."""
-    return default_piece_rows(rows, vocabulary, device) * vocabulary * 8

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from albireo.config import RunConfig
+from albireo.config import LanguageDataConfig, RunConfig
 from albireo.data import TextTokenizer, load_tokenizer
 from albireo.errors import ModelError
 from albireo.models import (
@@ -22,12 +22,14 @@ from albireo.models import (
     fetch_model,
     resolve_model,
 )
+from albireo.training.language_data import LanguageData
+from albireo.training.recipe import ModelPlan, RunData
 
 __all__ = ["LanguageModelPlan", "plan_language_model"]
 
 
 @dataclass(frozen=True)
-class LanguageModelPlan:
+class LanguageModelPlan(ModelPlan):
     """A model that is chosen and not yet built.
 
     Attributes:
@@ -71,13 +73,11 @@ class LanguageModelPlan:
         configure_model(choice, init=self.init, vocabulary=_vocabulary(tokenizer))
         return dataclasses.replace(self, choice=choice, tokenizer=tokenizer)
 
-    def build(
-        self, tokenizer: TextTokenizer | None, config: RunConfig, device: torch.device
-    ) -> tuple[PreTrainedModel, list[str]]:
+    def build(self, data: RunData, config: RunConfig, device: torch.device) -> tuple[PreTrainedModel, list[str]]:
         """Build the model on a device.
 
         Args:
-            tokenizer: whose ids it is to read; None for random ids.
+            data: whose ids it is to read.
             config: seed and dropout.
             device: where.
 
@@ -87,6 +87,7 @@ class LanguageModelPlan:
         Raises:
             ModelError: the weights cannot be loaded, or do not go with the tokenizer.
         """
+        tokenizer = data.tokenizer if isinstance(data, LanguageData) else None
         model_config, lines = configure_model(
             self.choice, init=self.init, vocabulary=_vocabulary(tokenizer), dropout=config.model.dropout
         )
@@ -94,18 +95,20 @@ class LanguageModelPlan:
         return model, lines
 
 
-def plan_language_model(config: RunConfig) -> LanguageModelPlan:
+def plan_language_model(config: RunConfig, family: Family | None = None) -> LanguageModelPlan:
     """Choose the model. Nothing is fetched and no weight is read yet: see `LanguageModelPlan.fetched`.
 
     Args:
-        config: a resolved configuration.
+        config: a resolved configuration of a language recipe.
+        family: which the model must be of; any if None.
 
     Raises:
         ModelError: there is no such model, or it cannot read sequences of this length.
     """
-    choice = resolve_model(config.model.model)
+    choice = resolve_model(config.model.model, family)
     init: Init = "pretrained" if config.model.init == "pretrained" else "random"
-    model_config, _ = configure_model(choice, init=init, sequence_length=config.data.sequence_length)
+    length = config.data.sequence_length if isinstance(config.data, LanguageDataConfig) else None
+    model_config, _ = configure_model(choice, init=init, sequence_length=length)
     try:
         parameters = choice.family.count_parameters(model_config)
     except ModelError as error:

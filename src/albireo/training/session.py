@@ -15,7 +15,7 @@ import torch
 from albireo.booster import Booster, StepOutput
 from albireo.checkpoint import replace_folder
 from albireo.config import RunConfig
-from albireo.data import Batch, BatchLayout, StepLoader, evaluation_batches
+from albireo.data import Batch, BatchLayout
 from albireo.device import PeakMemory, describe_device, seed_everything
 from albireo.distributed import World
 from albireo.errors import Interrupted
@@ -23,18 +23,17 @@ from albireo.files import FileOperations
 from albireo.optim import OptimizerWrapper
 from albireo.plugins import ModelWrapper
 from albireo.plugins.whole_tensors import WholeTensors, with_whole_tensors
-from albireo.training.evaluation import evaluate
 from albireo.training.memory_needs import explain_out_of_memory, is_out_of_memory
 from albireo.training.memory_use import MemoryUse, measure_memory_use
 from albireo.training.metrics import read_metrics
 from albireo.training.plot import draw_loss
 from albireo.training.progress import Progress
+from albireo.training.recipe import Recipe, RunData, TaskModel
 from albireo.training.recorder import Recorder
 from albireo.training.run_folder import RunFolder
 from albireo.training.saving import Position, RunState
 from albireo.training.stop import StopRequest
 from albireo.training.summary import RunFacts, print_summary, summarise
-from albireo.training.text import RunData
 
 __all__ = ["Session"]
 
@@ -45,6 +44,7 @@ class Session:
 
     Attributes:
         config: the whole configuration, with nothing left open.
+        recipe: what is trained.
         folder: where the run is kept.
         world: the ranks.
         data: what is trained on.
@@ -61,6 +61,7 @@ class Session:
     """
 
     config: RunConfig
+    recipe: Recipe
     folder: RunFolder
     world: World
     data: RunData
@@ -107,13 +108,12 @@ class Session:
     def batches(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step that is left, and keep the position."""
         self.progress.start_training(self.step + 1, self.steps)
-        loader = StepLoader(
-            self.data.train,
+        loader = self.data.steps(
             self.layout,
             seed=self.config.schedule.seed,
             start_sample=self.position.samples,
             steps=self.steps - self.step,
-            pin_memory=self.world.device.type == "cuda",
+            pin=self.world.device.type == "cuda",
         )
         self.recorder.start_clock()
         yield from loader
@@ -153,16 +153,9 @@ class Session:
         if not self.config.schedule.eval_every or self._evaluated_step == self.step:
             return
         self.recorder.drain()
-        batch_size = self.layout.batch_size
-        batches = evaluation_batches(
-            self.data.held_out,
-            batch_size,
-            self.world.rank,
-            self.world.world_size,
-            pin_memory=self.world.device.type == "cuda",
-        )
+        batches = self.data.evaluation(self.layout.batch_size, self.world, pin=self.world.device.type == "cuda")
         self.recorder.start_clock()
-        self.recorder.evaluation(self.step, evaluate(self.model, batches, self.world))
+        self.recorder.evaluation(self.step, self.recipe.evaluate(self.model, batches, self.world))
         self._evaluated_step = self.step
         self.recorder.start_clock()
 
@@ -225,10 +218,8 @@ class Session:
         )
 
     def _export(self) -> None:
-        from albireo.training.causal_lm import CausalLanguageModel
-
         module = self.model.unwrap()
-        if not isinstance(module, CausalLanguageModel):
+        if not isinstance(module, TaskModel):
             raise TypeError(f"expected the model wrapper, not {type(module).__name__}")
 
         def export(tensors: WholeTensors) -> None:
@@ -242,8 +233,7 @@ class Session:
                     # What computes may be narrower than what is saved.
                     module.pretrained.config.dtype = dtype
                     module.pretrained.config.save_pretrained(path)
-                if self.data.tokenizer is not None:
-                    self.data.tokenizer.save(path)
+                self.data.save(path)
 
             replace_folder(self.folder.model_path, write, self.files)
 
