@@ -42,6 +42,16 @@ Examples:
   albireo train opt --print-config > mine.json          a configuration to edit, for --config mine.json
 """,
         ),
+        "gpt2": _Words(
+            "Fine-tune a GPT-2 language model on instructions, so that it answers.",
+            """
+Examples:
+  albireo train gpt2 --model tiny                       a small model on instructions that are made up
+  albireo train gpt2 --data alpaca_data.json            fine-tune GPT-2 124M on records of a file
+  albireo train gpt2 --model medium --data tatsu-lab/alpaca --checkpointing --gpus 2
+  albireo generate --run runs/mine --instruction "Name three colours."
+""",
+        ),
     }
 )
 

@@ -52,6 +52,15 @@ Examples:
 """
             + _CODES,
         ),
+        "gpt2": _Words(
+            "Train a GPT-2 model on instructions for a few steps, and judge each against plain PyTorch in one process.",
+            """
+Examples:
+  albireo verify gpt2 --model tiny                               three steps of `albireo train gpt2 --model tiny`
+  albireo verify gpt2 --data alpaca_data.json --gpus 2 --plugin low_level_zero
+"""
+            + _CODES,
+        ),
     }
 )
 

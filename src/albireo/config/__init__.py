@@ -4,13 +4,21 @@ from albireo.config.facts import MachineFacts
 from albireo.config.layers import config_from_mapping, config_to_mapping, merge, read_config_file
 from albireo.config.option import OptionInfo, option, options_of
 from albireo.config.paths import user_path
-from albireo.config.recipes import RECIPE_SECTIONS, DataConfig, LanguageDataConfig, ModelConfig, TextConfig
+from albireo.config.recipes import (
+    RECIPE_SECTIONS,
+    DataConfig,
+    InstructionConfig,
+    LanguageDataConfig,
+    ModelConfig,
+    TextConfig,
+)
 from albireo.config.resolve import resolve
 from albireo.config.run import OptimizerConfig, PluginConfig, RunConfig, ScheduleConfig
 
 __all__ = [
     "RECIPE_SECTIONS",
     "DataConfig",
+    "InstructionConfig",
     "LanguageDataConfig",
     "MachineFacts",
     "ModelConfig",

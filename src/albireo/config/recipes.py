@@ -14,7 +14,15 @@ from typing import Literal, Self
 from albireo.config.option import option
 from albireo.errors import ConfigError
 
-__all__ = ["RECIPE_SECTIONS", "DataConfig", "LanguageDataConfig", "ModelConfig", "TextConfig"]
+__all__ = [
+    "RECIPE_SECTIONS",
+    "DataConfig",
+    "Gpt2ModelConfig",
+    "InstructionConfig",
+    "LanguageDataConfig",
+    "ModelConfig",
+    "TextConfig",
+]
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,87 @@ class TextConfig(LanguageDataConfig):
             )
 
 
+@dataclass(frozen=True)
+class Gpt2ModelConfig(ModelConfig):
+    """What the recipe gpt2 trains."""
+
+    model: str = option(
+        "124m", "A size (tiny, 124m, medium, large, xl), a Hugging Face folder, or a hub id.", metavar="NAME"
+    )
+
+
+@dataclass(frozen=True)
+class InstructionConfig(LanguageDataConfig):
+    """Instructions for the recipe gpt2, each a sample of its own length."""
+
+    data: str = option(
+        "synthetic",
+        "Records with instruction, input and output: a .json or .jsonl file, a folder of them, a hub data set such as "
+        "tatsu-lab/alpaca; synthetic; or random (uniform random tokens, for measuring).",
+        metavar="NAME",
+    )
+    holdout: float = option(
+        0.05,
+        "The share of records held out for evaluation, where the data has no validation part of its own.",
+        minimum=0.0,
+        exclusive_minimum=True,
+        maximum=0.5,
+    )
+    sequence_length: int | None = option(
+        None,
+        "The most tokens of a sample; what is longer is cut at its end. Default: 128 for tiny, 1024 otherwise.",
+        minimum=2,
+    )
+    loss_on: Literal["answer", "all"] = option("answer", "The tokens that count: the answer's, or the prompt's too.")
+    max_malformed: float = option(
+        0.01,
+        "How many records may be malformed and are left out: a share of all if below 1, a number otherwise.",
+        minimum=0.0,
+    )
+    bucket: int | None = option(
+        None,
+        "So many samples of like length follow one another, which saves padding; 1 is random order. Default: the samples "
+        "of one step.",
+        minimum=1,
+        maximum=10**9,
+    )
+
+    @property
+    def left_open(self) -> tuple[str, ...]:
+        """See the base class."""
+        bucket = ("bucket",) if self.bucket is None and self.data != "random" else ()
+        return (*super().left_open, *bucket)
+
+    def resolved(self, *, tiny: bool, samples_per_step: int) -> Self:
+        """See the base class."""
+        decided = super().resolved(tiny=tiny, samples_per_step=samples_per_step)
+        if self.data == "random":
+            return decided
+        return dataclasses.replace(decided, bucket=self.bucket or samples_per_step)
+
+    def check(self, model: ModelConfig) -> None:
+        """See the base class."""
+        super().check(model)
+        if self.data == "random":
+            for flag, given, plain in (
+                ("--loss-on", self.loss_on, InstructionConfig.loss_on),
+                ("--bucket", self.bucket, None),
+            ):
+                if given != plain:
+                    raise ConfigError(
+                        f"--data random has no answers and one length only, so {flag} {given} says nothing: leave it out"
+                    )
+        if self.is_made_up and self.max_malformed != InstructionConfig.max_malformed:
+            raise ConfigError(
+                f"--data {self.data} has no malformed records, so --max-malformed {self.max_malformed:g} says nothing: "
+                "leave it out"
+            )
+
+
 RECIPE_SECTIONS: Mapping[str, Mapping[str, type]] = MappingProxyType(
-    {"opt": {"model": ModelConfig, "data": TextConfig}}
+    {
+        "opt": {"model": ModelConfig, "data": TextConfig},
+        "gpt2": {"model": Gpt2ModelConfig, "data": InstructionConfig},
+    }
 )
 """Each recipe's own sections, by the names that they have in `RunConfig`."""

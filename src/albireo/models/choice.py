@@ -58,6 +58,8 @@ class ModelChoice:
         options = {**_read_config(path), **self.family.dropout_options(dropout)}
         for name in _NOT_TAKEN_OVER:
             options.pop(name, None)
+        if not self.family.has_padding_row:
+            options["pad_token_id"] = None
         try:
             return self.family.make_config(options)
         except Exception as error:  # whatever a wrong value makes the configuration's own checks raise

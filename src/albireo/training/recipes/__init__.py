@@ -10,11 +10,12 @@ from types import MappingProxyType
 
 from albireo.errors import ConfigError
 from albireo.training.recipe import Recipe
+from albireo.training.recipes.gpt2.recipe import Gpt2Recipe
 from albireo.training.recipes.opt.recipe import OptRecipe
 
 __all__ = ["RECIPES", "recipe_of"]
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (OptRecipe(),)})
+RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (OptRecipe(), Gpt2Recipe())})
 
 
 def recipe_of(name: str) -> Recipe:
