@@ -10,6 +10,8 @@ import click
 from albireo import __version__
 from albireo.cli.bench import bench
 from albireo.cli.check import check
+from albireo.cli.checkpoint import checkpoint
+from albireo.cli.generate import generate
 from albireo.cli.options import NamedGroup
 from albireo.cli.run import run
 from albireo.cli.train import train
@@ -42,6 +44,8 @@ def cli() -> None:
 cli.add_command(train)
 cli.add_command(verify)
 cli.add_command(bench)
+cli.add_command(generate)
+cli.add_command(checkpoint)
 cli.add_command(run)
 cli.add_command(check)
 

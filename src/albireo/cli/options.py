@@ -14,6 +14,7 @@ __all__ = ["NamedGroup", "SectionedCommand", "config_options", "given_options"]
 _SECTION_TITLES = {
     "model": "Model",
     "data": "Data",
+    "adapter": "Adapter",
     "optimizer": "Optimizer",
     "schedule": "Length and schedule",
     "plugin": "Device and plugin",

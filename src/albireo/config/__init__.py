@@ -1,5 +1,6 @@
 """The typed configuration of a run: each option is declared once, here, and flags and files follow from it."""
 
+from albireo.config.adapter import AdapterConfig
 from albireo.config.facts import MachineFacts
 from albireo.config.layers import config_from_mapping, config_to_mapping, merge, read_config_file
 from albireo.config.option import OptionInfo, option, options_of
@@ -17,6 +18,7 @@ from albireo.config.run import OptimizerConfig, PluginConfig, RunConfig, Schedul
 
 __all__ = [
     "RECIPE_SECTIONS",
+    "AdapterConfig",
     "DataConfig",
     "InstructionConfig",
     "LanguageDataConfig",

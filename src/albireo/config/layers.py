@@ -70,7 +70,7 @@ def merge(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
     Returns:
         The new configuration. Steps given alone take the place of epochs, and the other way round; with another plugin,
-        the stage of the one before is gone.
+        the stage of the one before is gone, and so are the options of another kind of adapter.
 
     Raises:
         ConfigError: an unknown name or a wrong value.
@@ -88,6 +88,9 @@ def merge(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     # The stage of one plugin says nothing of another, and no flag takes it back.
     if values.get("plugin", config.plugin.plugin) != config.plugin.plugin:
         changes["plugin"].setdefault("zero_stage", None)
+    if values.get("adapter", config.adapter.adapter) != config.adapter.adapter:
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):
+            changes["adapter"].setdefault(name, None)
     sections = {name: dataclasses.replace(getattr(config, name), **part) for name, part in changes.items()}
     return dataclasses.replace(config, **sections)
 

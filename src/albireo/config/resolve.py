@@ -44,9 +44,12 @@ def resolve(config: RunConfig, machine: MachineFacts) -> RunConfig:
         config,
         model=dataclasses.replace(config.model, init=init),
         data=config.data.resolved(tiny=tiny, samples_per_step=batch_size * optimizer.accumulate * config.plugin.gpus),
+        adapter=config.adapter.resolved(),
         optimizer=dataclasses.replace(
             optimizer,
-            learning_rate=(1e-3 if tiny else 5e-5) if optimizer.learning_rate is None else optimizer.learning_rate,
+            learning_rate=(1e-3 if tiny else 3e-4 if config.adapter.is_on else 5e-5)
+            if optimizer.learning_rate is None
+            else optimizer.learning_rate,
             batch_size=batch_size,
         ),
         schedule=schedule,

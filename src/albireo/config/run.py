@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal, cast
 
+from albireo.config.adapter import AdapterConfig
 from albireo.config.option import OptionInfo, option, options_of
 from albireo.config.recipes import RECIPE_SECTIONS, DataConfig, ModelConfig, TextConfig
 from albireo.errors import ConfigError
@@ -23,7 +24,7 @@ class OptimizerConfig:
     """AdamW and what is done to the gradient before it."""
 
     learning_rate: float | None = option(
-        None, "The peak learning rate. Default: 1e-3 for tiny, 5e-5 otherwise.", minimum=0.0
+        None, "The peak learning rate. Default: 1e-3 for tiny, 3e-4 for adapters, 5e-5 otherwise.", minimum=0.0
     )
     weight_decay: float = option(0.01, "AdamW's weight decay; biases and norms are left out.", minimum=0.0)
     clip: float = option(1.0, "Clip the gradient to this global norm; 0 does not clip.", minimum=0.0)
@@ -112,6 +113,7 @@ class RunConfig:
     recipe: str = "opt"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=TextConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plugin: PluginConfig = field(default_factory=PluginConfig)
@@ -121,6 +123,11 @@ class RunConfig:
         for name, section in RunConfig.sections(self.recipe).items():
             if type(getattr(self, name)) is not section:
                 raise ConfigError(f"{name} of the recipe {self.recipe!r} is a {section.__name__}: use RunConfig.of")
+
+    @property
+    def drops_out(self) -> bool:
+        """A training step draws masks."""
+        return self.model.dropout > 0 or (self.adapter.lora_dropout or 0.0) > 0
 
     @staticmethod
     def of(recipe: str) -> RunConfig:

@@ -53,6 +53,7 @@ class Family:
         prefixes: older beginnings of names in files of weights, each with today's.
         obsolete_names: names in older files that hold no weight.
         obsolete_endings: the same, by the ends of names.
+        lora_targets: the modules that get an adapter, by the last parts of their names.
         aliases: other names of sizes.
         std_name: the option with the standard deviation of random weights.
         residual_endings: ends of the names of weights that write to the residual stream and begin smaller, by the root
@@ -73,6 +74,7 @@ class Family:
     no_dropout_names: tuple[str, ...]
     prefixes: Mapping[str, str]
     obsolete_names: tuple[str, ...]
+    lora_targets: tuple[str, ...]
     obsolete_endings: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
     std_name: str = "init_std"

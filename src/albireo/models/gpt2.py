@@ -19,7 +19,9 @@ GPT2 = Family(
     name="gpt2",
     sizes=MappingProxyType(
         {
-            "tiny": Size(None, _shape(128, 2, 4, vocab_size=4096), fits_vocabulary=True),
+            "tiny": Size(
+                None, _shape(128, 2, 4, vocab_size=4096, bos_token_id=0, eos_token_id=0), fits_vocabulary=True
+            ),
             "124m": Size("openai-community/gpt2", _shape(768, 12, 12)),
             "medium": Size("openai-community/gpt2-medium", _shape(1024, 24, 16)),
             "large": Size("openai-community/gpt2-large", _shape(1280, 36, 20)),
@@ -49,6 +51,7 @@ GPT2 = Family(
     prefixes=MappingProxyType(
         {"wte.": "transformer.wte.", "wpe.": "transformer.wpe.", "h.": "transformer.h.", "ln_f.": "transformer.ln_f."}
     ),
+    lora_targets=("c_attn",),
     obsolete_names=(),
     # The masks of causal attention, which older versions kept as buffers.
     obsolete_endings=(".attn.bias", ".attn.masked_bias"),

@@ -7,15 +7,24 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
+from albireo.adapters import own_names
 from albireo.booster import Booster
 from albireo.checkpoint import Checkpoint, newest_whole, open_checkpoint, tidy
 from albireo.config import RunConfig, config_to_mapping
 from albireo.data import BatchLayout, steps_for
-from albireo.device import apply_device_cap, describe_device, device_total_bytes, read_host_memory, seed_everything
+from albireo.device import (
+    PeakMemory,
+    apply_device_cap,
+    describe_device,
+    device_total_bytes,
+    read_host_memory,
+    seed_everything,
+)
 from albireo.distributed import World, process_group
 from albireo.errors import CheckpointError, ConfigError
 from albireo.files import FileOperations
@@ -29,7 +38,7 @@ from albireo.training.recipe import ModelPlan, Recipe, RunData, TaskModel
 from albireo.training.recipes import recipe_of
 from albireo.training.recorder import Recorder
 from albireo.training.run_folder import RunFolder
-from albireo.training.saving import Position, RunState, tensor_names
+from albireo.training.saving import Position, RunState
 from albireo.training.session import Session
 from albireo.training.state_bytes import Memory
 from albireo.training.stop import StopRequest
@@ -93,7 +102,9 @@ def open_session(
                 raise
             where = describe_device(world.device)
             memory: Memory = "device" if world.device.type == "cuda" else "one"
-            raise explain_out_of_memory_at_start(planned.parameters, config, where=where, memory=memory) from error
+            raise explain_out_of_memory_at_start(
+                planned.parameters, config, where=where, memory=memory, trained=planned.trained
+            ) from error
         if position.step > steps:
             raise ConfigError(
                 f"the run in {folder.path} has done {position.step} steps and cannot end at {steps}: give more --steps "
@@ -102,6 +113,8 @@ def open_session(
         if world.is_main:
             cut_after(folder.metrics_path, position.step if position.step > 0 else -1, files)
             folder.write_config(config_to_mapping(config))
+            # With it a model can be written from any checkpoint, whether or not the run comes to its end.
+            data.save(folder.processor_path)
         writer = stack.enter_context(MetricsWriter(folder.metrics_path)) if world.is_main else None
         recorder = Recorder(
             world,
@@ -128,7 +141,9 @@ def open_session(
                 steps=steps,
                 position=position,
                 files=files,
-                parameters=sum(p.numel() for p in state.model.unwrap().parameters() if p.requires_grad),
+                parameters=planned.parameters,
+                trained_parameters=planned.trained,
+                memory_before=PeakMemory(world.device).read(),
                 logits_bytes=recipe.output_bytes(config, planned, world.device),
             )
 
@@ -149,17 +164,18 @@ def _check_nothing_is_open(config: RunConfig) -> None:
 
 def _check_memory(config: RunConfig, planned: ModelPlan, world: World) -> None:
     """Refuse at once what cannot fit: weights, gradients and states alone are more than there is."""
+    check = partial(check_states_fit, planned.parameters, config=config, trained=planned.trained)
     host = read_host_memory()
     share = host.total_bytes // world.local_world_size if host is not None else None
     whose = "each rank's share of this machine's memory is" if world.local_world_size > 1 else "this machine has"
     if world.device.type != "cuda":
-        check_states_fit(planned.parameters, available_bytes=share, where=whose, config=config)
+        check(available_bytes=share, where=whose)
         return
     cap = int(config.plugin.mem_cap * 2**30)
     total = device_total_bytes(world.device)
     available, where = (cap, "--mem-cap leaves") if cap else (total, f"the {describe_device(world.device)} has")
-    check_states_fit(planned.parameters, available_bytes=available, where=where, config=config, memory="device")
-    check_states_fit(planned.parameters, available_bytes=share, where=whose, config=config, memory="host")
+    check(available_bytes=available, where=where, memory="device")
+    check(available_bytes=share, where=whose, memory="host")
 
 
 def _with_lengths(config: RunConfig, dataset_size: int, samples_per_step: int) -> tuple[RunConfig, int]:
@@ -236,14 +252,14 @@ def _build_state(
     booster = Booster(plugin=plugin, world=world)
     boosted, wrapped, *_ = booster.boost(model, optimizer)
     # Only now: a plugin may have put other parameters in place of the model's.
-    names, aliases = tensor_names(pretrained)
+    names, aliases = own_names(pretrained)
     identity = {"data": data.fingerprint, "recipe": config.recipe}
     return RunState(booster, boosted, wrapped, scheduler, names, aliases, identity)
 
 
 def _prepare_blocks(model: PreTrainedModel, family: Family, config: RunConfig) -> list[str]:
     """Turn on activation checkpointing and compilation, as far as they are asked for."""
-    checkpointing, dropout = config.model.checkpointing, config.model.dropout > 0
+    checkpointing, dropout = config.model.checkpointing, config.drops_out
     if config.plugin.compile:
         blocks = compile_blocks(model, family, checkpointing=checkpointing, preserve_rng_state=dropout)
         return [f"compiling  {blocks} blocks, once for all: the first step takes longer"]

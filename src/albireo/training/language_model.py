@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from albireo.adapters import LoraPlan, attach_lora, count_lora
 from albireo.config import LanguageDataConfig, RunConfig
 from albireo.data import TextTokenizer, load_tokenizer
 from albireo.errors import ModelError
@@ -20,12 +21,13 @@ from albireo.models import (
     check_weights,
     configure_model,
     fetch_model,
+    materialise,
     resolve_model,
 )
 from albireo.training.language_data import LanguageData
 from albireo.training.recipe import ModelPlan, RunData
 
-__all__ = ["LanguageModelPlan", "plan_language_model"]
+__all__ = ["LanguageModelPlan", "lora_plan", "plan_language_model"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class LanguageModelPlan(ModelPlan):
     Attributes:
         choice: which model.
         init: where its weights come from.
-        parameters: how many it has.
+        parameters: how many it has, an adapter's too.
+        trained: how many of them are trained.
         rows: of its vocabulary, as far as is known before the tokenizer is.
         tokenizer: its own or the user's, which goes with it; None if there is none, or one is trained on the data.
     """
@@ -43,6 +46,7 @@ class LanguageModelPlan(ModelPlan):
     choice: ModelChoice
     init: Init
     parameters: int
+    trained: int
     rows: int
     tokenizer: TextTokenizer | None
 
@@ -87,12 +91,52 @@ class LanguageModelPlan(ModelPlan):
         Raises:
             ModelError: the weights cannot be loaded, or do not go with the tokenizer.
         """
-        tokenizer = data.tokenizer if isinstance(data, LanguageData) else None
-        model_config, lines = configure_model(
+        return self.build_for(data.tokenizer if isinstance(data, LanguageData) else None, config, device)
+
+    def build_for(
+        self, tokenizer: TextTokenizer | None, config: RunConfig, device: torch.device
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """Build the model on a device; see `build`.
+
+        Args:
+            tokenizer: whose ids it is to read; None for random ids.
+            config: seed and dropout.
+            device: where.
+        """
+        model_config, lines = self._configured(tokenizer, config)
+        seed = config.schedule.seed
+        model = build_model(self.choice, model_config, init=self.init, seed=seed, device=device)
+        adapter = lora_plan(config)
+        if adapter is not None:
+            attach_lora(model, adapter, seed=seed)
+            share = 100 * self.trained / self.parameters
+            lines.append(
+                f"adapter    {adapter.describe()}: {self.trained:,} of {self.parameters:,} parameters are trained "
+                f"({share:.4f}%)"
+            )
+        return model, lines
+
+    def empty(self, tokenizer: TextTokenizer | None, config: RunConfig, *, with_adapter: bool) -> PreTrainedModel:
+        """Return the model in host memory, in fp32 and uninitialised.
+
+        Args:
+            tokenizer: whose ids it reads; None for random ids.
+            config: the run.
+            with_adapter: put the run's adapter on it.
+        """
+        model_config, _ = self._configured(tokenizer, config)
+        model_config.dtype = torch.float32
+        model = self.family.make_model(model_config)
+        materialise(model, torch.device("cpu"))
+        adapter = lora_plan(config) if with_adapter else None
+        if adapter is not None:
+            attach_lora(model, adapter, seed=config.schedule.seed)
+        return model
+
+    def _configured(self, tokenizer: TextTokenizer | None, config: RunConfig) -> tuple[PreTrainedConfig, list[str]]:
+        return configure_model(
             self.choice, init=self.init, vocabulary=_vocabulary(tokenizer), dropout=config.model.dropout
         )
-        model = build_model(self.choice, model_config, init=self.init, seed=config.schedule.seed, device=device)
-        return model, lines
 
 
 def plan_language_model(config: RunConfig, family: Family | None = None) -> LanguageModelPlan:
@@ -104,18 +148,42 @@ def plan_language_model(config: RunConfig, family: Family | None = None) -> Lang
 
     Raises:
         ModelError: there is no such model, or it cannot read sequences of this length.
+        ConfigError: an adapter is to be put on what the model has not.
     """
     choice = resolve_model(config.model.model, family)
     init: Init = "pretrained" if config.model.init == "pretrained" else "random"
     length = config.data.sequence_length if isinstance(config.data, LanguageDataConfig) else None
     model_config, _ = configure_model(choice, init=init, sequence_length=length)
     try:
-        parameters = choice.family.count_parameters(model_config)
+        shapes = choice.family.make_model(model_config)
     except ModelError as error:
         raise ModelError(f"--model {choice.name}: {error}") from error
+    parameters = trained = sum(parameter.numel() for parameter in shapes.parameters())
+    plan = lora_plan(config)
+    if plan is not None:
+        trained = count_lora(shapes, plan)
+        parameters += trained
     return LanguageModelPlan(
-        choice=choice, init=init, parameters=parameters, rows=int(model_config.vocab_size), tokenizer=None
+        choice=choice,
+        init=init,
+        parameters=parameters,
+        trained=trained,
+        rows=int(model_config.vocab_size),
+        tokenizer=None,
     )
+
+
+def lora_plan(config: RunConfig) -> LoraPlan | None:
+    """Return the adapter that a resolved configuration asks for, or None.
+
+    Args:
+        config: with its adapter's targets.
+    """
+    adapter = config.adapter
+    if not adapter.is_on:
+        return None
+    rank = adapter.lora_rank or 8
+    return LoraPlan(rank, adapter.lora_alpha or 2.0 * rank, adapter.lora_dropout or 0.0, adapter.targets)
 
 
 def _vocabulary(tokenizer: TextTokenizer | None) -> Vocabulary | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from albireo.config import LanguageDataConfig, RunConfig
-from albireo.data import Batch
+from albireo.data import Batch, load_tokenizer
 from albireo.distributed import World
 from albireo.models import Family, resolve_model
 from albireo.ops import default_piece_rows
@@ -40,7 +41,10 @@ class LanguageRecipe(Recipe):
             name = choice.size
         elif choice.hub_id is None and choice.folder is not None:
             name = str(choice.folder.resolve())
-        return dataclasses.replace(config, model=dataclasses.replace(config.model, model=name))
+        adapter = config.adapter
+        if adapter.is_on and not adapter.targets:
+            adapter = dataclasses.replace(adapter, lora_targets=",".join(self.family.lora_targets))
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, model=name), adapter=adapter)
 
     def fixed(self, config: RunConfig) -> Mapping[str, Any]:
         """See the base class: a folder may be another and its content the same, so only a size is judged by its name."""
@@ -49,6 +53,10 @@ class LanguageRecipe(Recipe):
             "--sequence-length": language_options(config).sequence_length,
             "--holdout": config.data.holdout,
             "--model": size,
+            "--adapter": config.adapter.adapter,
+            "--lora-rank": config.adapter.lora_rank,
+            "--lora-alpha": config.adapter.lora_alpha,
+            "--lora-targets": config.adapter.lora_targets,
         }
 
     def plan(self, config: RunConfig) -> LanguageModelPlan:
@@ -58,6 +66,18 @@ class LanguageRecipe(Recipe):
     def wrap(self, pretrained: PreTrainedModel, family: Family) -> TaskModel:
         """See the base class."""
         return CausalLanguageModel(pretrained, family)
+
+    def base_name(self, config: RunConfig) -> str | None:
+        """See the base class."""
+        if config.model.init != "pretrained":
+            return None
+        size = self.family.sizes.get(config.model.model)
+        return config.model.model if size is None else size.hub_id
+
+    def empty_model(self, config: RunConfig, processor: Path, *, with_adapter: bool) -> PreTrainedModel:
+        """See the base class."""
+        tokenizer = load_tokenizer(processor) if (processor / "tokenizer.json").is_file() else None
+        return self.plan(config).empty(tokenizer, config, with_adapter=with_adapter)
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """See the base class."""

@@ -90,10 +90,12 @@ class ModelPlan(ABC):
     """A model that is chosen and not yet built.
 
     Attributes:
-        parameters: how many it has.
+        parameters: how many it has, an adapter's too.
+        trained: how many of them are trained.
     """
 
     parameters: int
+    trained: int
 
     @property
     @abstractmethod
@@ -139,7 +141,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def with_full_names(self, config: RunConfig) -> RunConfig:
-        """Return the configuration with the model's name as it is found again from any folder.
+        """Return the configuration with the model's name as it is found again from any folder, and an adapter's targets.
 
         Args:
             config: as the user gave it.
@@ -198,6 +200,27 @@ class Recipe(ABC):
         Args:
             pretrained: what the plan has built.
             family: what tells its parts.
+        """
+
+    @abstractmethod
+    def base_name(self, config: RunConfig) -> str | None:
+        """Return what an adapter stands beside, as others load it: a hub id or a folder. None for random weights.
+
+        Args:
+            config: a resolved configuration.
+        """
+
+    @abstractmethod
+    def empty_model(self, config: RunConfig, processor: Path, *, with_adapter: bool) -> PreTrainedModel:
+        """Return a run's model in host memory, in fp32 and uninitialised, to be filled from a checkpoint.
+
+        Args:
+            config: the run's.
+            processor: the folder of what goes with the model, such as its tokenizer, as `RunData.save` wrote it.
+            with_adapter: put the run's adapter on it.
+
+        Raises:
+            ModelError: it cannot be built.
         """
 
     @abstractmethod

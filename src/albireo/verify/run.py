@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from albireo.checkpoint import tensor_names
+from albireo.adapters import own_names
 from albireo.config import RunConfig, config_from_mapping, config_to_mapping
 from albireo.data import Batch
 from albireo.device import describe_device
@@ -83,10 +83,11 @@ def verify_in_rank(world: World, payload: Mapping[str, Any]) -> None:
 
 def _prepared(config: RunConfig) -> RunConfig:
     """Take out what a verification has no use for, and refuse what it cannot judge."""
-    if config.model.dropout > 0:
-        raise ConfigError(
-            f"--dropout {config.model.dropout:g} draws other masks in the system than in the reference: leave it out"
-        )
+    if config.drops_out:
+        flag = f"--dropout {config.model.dropout:g}"
+        if not config.model.dropout > 0:
+            flag = f"--lora-dropout {config.adapter.lora_dropout:g}"
+        raise ConfigError(f"{flag} draws other masks in the system than in the reference: leave it out")
     schedule = dataclasses.replace(config.schedule, eval_every=0, save_every=0)
     return dataclasses.replace(config, schedule=schedule)
 
@@ -171,7 +172,7 @@ def _refuse_to_go_on(session: Session) -> None:
 def _family_names(module: nn.Module) -> Mapping[torch.Tensor, str]:
     if not isinstance(module, TaskModel):
         raise TypeError(f"expected the model wrapper, not {type(module).__name__}")
-    return tensor_names(module.pretrained)[0]
+    return own_names(module.pretrained)[0]
 
 
 def _reference_factory(session: Session) -> Any:
