@@ -15,6 +15,7 @@ from albireo.adapters.lora import (
     has_lora,
     lora_config_in,
     lora_config_of,
+    require_peft,
 )
 from albireo.adapters.merge import merge_in_place, merged_weights
 from albireo.adapters.names import own_name, own_names
@@ -33,5 +34,6 @@ __all__ = [
     "merged_weights",
     "own_name",
     "own_names",
+    "require_peft",
     "save_adapter",
 ]

@@ -17,7 +17,16 @@ from albireo.errors import ConfigError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-__all__ = ["LoraPlan", "attach_lora", "check_targets", "count_lora", "has_lora", "lora_config_in", "lora_config_of"]
+__all__ = [
+    "LoraPlan",
+    "attach_lora",
+    "check_targets",
+    "count_lora",
+    "has_lora",
+    "lora_config_in",
+    "lora_config_of",
+    "require_peft",
+]
 
 _SHOWN = 12
 
@@ -60,7 +69,7 @@ def attach_lora(model: nn.Module, plan: LoraPlan, *, seed: int) -> LoraConfig:
     Raises:
         ConfigError: peft is not installed, or a target is no module that can have an adapter.
     """
-    peft = _peft()
+    peft = require_peft()
     config = lora_config_of(model, plan)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft draws first weights too, which are not kept.
@@ -90,7 +99,7 @@ def lora_config_of(model: nn.Module, plan: LoraPlan) -> LoraConfig:
     transposed = {type(module).__name__ == "Conv1D" for _, module in targets}
     if len(transposed) > 1:
         raise ConfigError("--lora-targets names layers of two kinds, nn.Linear and Conv1D: give those of one kind")
-    config: LoraConfig = _peft().LoraConfig(
+    config: LoraConfig = require_peft().LoraConfig(
         task_type="CAUSAL_LM",
         r=plan.rank,
         lora_alpha=plan.alpha,
@@ -167,6 +176,19 @@ def lora_config_in(model: nn.Module) -> LoraConfig:
     return config
 
 
+def require_peft() -> Any:
+    """Return the package peft.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("adapters need the package peft: pip install 'albireo[adapters]'") from error
+    return peft
+
+
 def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the matrices that may have an adapter: all but the head, whose weight the loss uses by itself."""
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -185,11 +207,3 @@ def _fill(parameter: nn.Parameter, what: str) -> None:
     bound = 1 / math.sqrt(parameter.shape[1])
     drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
     parameter.copy_(drawn)
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError("adapters need the package peft: pip install 'albireo[adapters]'") from error
-    return peft

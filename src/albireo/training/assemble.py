@@ -141,8 +141,8 @@ def open_session(
                 steps=steps,
                 position=position,
                 files=files,
-                parameters=planned.parameters,
-                trained_parameters=planned.trained,
+                parameters=sum(p.numel() for p in state.model.unwrap().parameters()),
+                trained_parameters=sum(p.numel() for p in state.model.unwrap().parameters() if p.requires_grad),
                 memory_before=PeakMemory(world.device).read(),
                 logits_bytes=recipe.output_bytes(config, planned, world.device),
             )
@@ -253,7 +253,7 @@ def _build_state(
     boosted, wrapped, *_ = booster.boost(model, optimizer)
     # Only now: a plugin may have put other parameters in place of the model's.
     names, aliases = own_names(pretrained)
-    identity = {"data": data.fingerprint, "recipe": config.recipe}
+    identity = {"data": data.fingerprint, "recipe": config.recipe, **planned.identity(config)}
     return RunState(booster, boosted, wrapped, scheduler, names, aliases, identity)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,11 @@ class LanguageModelPlan(ModelPlan):
     def family(self) -> Family:
         """What tells the model's parts."""
         return self.choice.family
+
+    def identity(self, config: RunConfig) -> Mapping[str, str]:
+        """Return the adapter, whose shapes alone do not tell what it computes."""
+        adapter = lora_plan(config)
+        return {} if adapter is None else {"adapter": adapter.describe()}
 
     def fetched(self, config: RunConfig) -> LanguageModelPlan:
         """Return the plan with its weights on this machine and its tokenizer loaded, after a look at both.
@@ -109,10 +115,11 @@ class LanguageModelPlan(ModelPlan):
         adapter = lora_plan(config)
         if adapter is not None:
             attach_lora(model, adapter, seed=seed)
-            share = 100 * self.trained / self.parameters
+            # Counted here: a vocabulary that fits the data was not known when the plan was made.
+            parameters = sum(parameter.numel() for parameter in model.parameters())
             lines.append(
-                f"adapter    {adapter.describe()}: {self.trained:,} of {self.parameters:,} parameters are trained "
-                f"({share:.4f}%)"
+                f"adapter    {adapter.describe()}: {self.trained:,} of {parameters:,} parameters are trained "
+                f"({100 * self.trained / parameters:.4f}%)"
             )
         return model, lines
 

@@ -102,6 +102,14 @@ class ModelPlan(ABC):
     def family(self) -> Family:
         """What tells the model's parts."""
 
+    def identity(self, config: RunConfig) -> Mapping[str, str]:  # noqa: ARG002  for plans that have more
+        """Return what else of the model must be the same when a run goes on from a checkpoint, in words.
+
+        Args:
+            config: a resolved configuration.
+        """
+        return {}
+
     @abstractmethod
     def fetched(self, config: RunConfig) -> ModelPlan:
         """Return the plan with all that it needs on this machine, after a look at it.

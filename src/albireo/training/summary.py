@@ -201,7 +201,7 @@ def _lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("total time", _times(summary["training_seconds"], summary["total_seconds"])))
     lines += _memory_lines(summary)
     if "adapter_bytes" in summary:
-        lines.append(("adapter file", format_bytes(summary["adapter_bytes"])))
+        lines.append(("adapter file", f"{summary['adapter_bytes'] / 2**20:,.2f} MB"))
     return lines
 
 
