@@ -29,6 +29,8 @@ laptop, and shows where the picture of its loss is. Then give it a text of yours
   albireo train opt --data my-text.txt
   albireo train opt --model 125m --data wikitext/wikitext-2-raw-v1
 
+albireo train gpt2  trains on instructions, and  albireo generate  answers.
+
 Every verb has --help. A wrong value is one line and exit code 2.
 """
 
