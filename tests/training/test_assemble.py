@@ -124,7 +124,7 @@ def check(world_size: int = 1, device: str = "cpu", **options: Any) -> None:
     config = config_of(init="random", model="125m", **options)
     planned = plan_language_model(config)
     # 16 bytes for each of them are 2 GB.
-    planned = dataclasses.replace(planned, parameters=2**27)
+    planned = dataclasses.replace(planned, parameters=2**27, trained=2**27)
     cap = options.get("mem_cap", 0.0)
     config = dataclasses.replace(config, plugin=dataclasses.replace(config.plugin, mem_cap=cap))
     _check_memory(config, planned, World(0, world_size, 0, torch.device(device)))
@@ -235,7 +235,9 @@ def test_the_configuration_on_the_disk_leaves_nothing_open(runs: Runs, tmp_path:
     assert written == config_to_mapping(session.config)
     assert written["schedule"]["steps"] == math.ceil(0.5 * len(session.data.train) / 2)
     left_open = {name for part in written.values() if isinstance(part, dict) for name in part if part[name] is None}
-    assert left_open <= {"tokenizer", "cache", "zero_stage"}
+    # Without an adapter its options say nothing.
+    adapter = {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
+    assert left_open <= {"tokenizer", "cache", "zero_stage", *adapter}
 
 
 @pytest.mark.parametrize("option", ["checkpointing", "dropout"])

@@ -143,9 +143,11 @@ class Recipe(ABC):
 
     Attributes:
         name: as in `albireo train NAME`.
+        title: of its models, as people write it.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
 
     @abstractmethod
     def with_full_names(self, config: RunConfig) -> RunConfig:

@@ -252,4 +252,4 @@ class Session:
     def _title(self) -> str:
         name = self.config.model.model.rstrip("/").rsplit("/", 1)[-1]
         data = self.config.data.data.rstrip("/").rsplit("/", 1)[-1]
-        return f"{self.config.recipe.upper()} {name} on {data}"
+        return f"{self.recipe.title} {name} on {data}"

@@ -19,6 +19,7 @@ class Gpt2Recipe(LanguageRecipe):
     """GPT-2 on instructions."""
 
     name = "gpt2"
+    title = "GPT-2"
     family = GPT2
 
     def fixed(self, config: RunConfig) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ class OptRecipe(LanguageRecipe):
     """OPT on text."""
 
     name = "opt"
+    title = "OPT"
     family = OPT
 
     def check(self, config: RunConfig) -> None:
