@@ -218,7 +218,7 @@ def build_model(
         ModelError: the weights cannot be loaded, or do not go with the data.
     """
     pretrained, lines = planned.build(data, config, device)
-    lines += _prepare_blocks(pretrained, planned.family, config)
+    lines += _prepare_blocks(pretrained, planned.family, config, ragged=data.is_ragged)
     model = recipe.wrap(pretrained, planned.family)
     model.train()
     return model, lines
@@ -257,11 +257,11 @@ def _build_state(
     return RunState(booster, boosted, wrapped, scheduler, names, aliases, identity)
 
 
-def _prepare_blocks(model: PreTrainedModel, family: Family, config: RunConfig) -> list[str]:
+def _prepare_blocks(model: PreTrainedModel, family: Family, config: RunConfig, *, ragged: bool) -> list[str]:
     """Turn on activation checkpointing and compilation, as far as they are asked for."""
     checkpointing, dropout = config.model.checkpointing, config.drops_out
     if config.plugin.compile:
-        blocks = compile_blocks(model, family, checkpointing=checkpointing, preserve_rng_state=dropout)
+        blocks = compile_blocks(model, family, checkpointing=checkpointing, preserve_rng_state=dropout, ragged=ragged)
         return [f"compiling  {blocks} blocks, once for all: the first step takes longer"]
     if checkpointing:
         enable_activation_checkpointing(model, preserve_rng_state=dropout)

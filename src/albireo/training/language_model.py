@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from albireo.adapters import LoraPlan, attach_lora, count_lora
+from albireo.adapters import LoraPlan, attach_lora, count_lora, require_peft
 from albireo.config import LanguageDataConfig, RunConfig
 from albireo.data import TextTokenizer, load_tokenizer
 from albireo.errors import ModelError
@@ -168,6 +168,7 @@ def plan_language_model(config: RunConfig, family: Family | None = None) -> Lang
     parameters = trained = sum(parameter.numel() for parameter in shapes.parameters())
     plan = lora_plan(config)
     if plan is not None:
+        require_peft()  # now, and not when the data has been read
         trained = count_lora(shapes, plan)
         parameters += trained
     return LanguageModelPlan(

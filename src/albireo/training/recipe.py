@@ -56,6 +56,11 @@ class RunData:
         """Samples in an epoch."""
         return len(self.train)  # type: ignore[arg-type]  # torch leaves __len__ out of Dataset
 
+    @property
+    def is_ragged(self) -> bool:
+        """Batches have different shapes."""
+        return False
+
     def steps(self, layout: BatchLayout, *, seed: int, start_sample: int = 0, steps: int, pin: bool) -> StepLoader:
         """Return the micro-batches of some optimizer steps of one rank.
 

@@ -39,6 +39,11 @@ class InstructionRunData(LanguageData):
 
     batching: Batching
 
+    @property
+    def is_ragged(self) -> bool:
+        """See the base class: a batch is as long as its longest sample."""
+        return True
+
     def steps(self, layout: BatchLayout, *, seed: int, start_sample: int = 0, steps: int, pin: bool) -> StepLoader:
         """See the base class."""
         return StepLoader(
