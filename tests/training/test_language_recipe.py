@@ -32,11 +32,10 @@ def test_logits_are_counted_a_piece_at_a_time() -> None:
 
 def test_checkpoints_stand_and_fall_with_a_size_and_not_with_a_folder() -> None:
     recipe = recipe_of("opt")
-    assert recipe.fixed(config_of(sequence_length=16)) == {
-        "--sequence-length": 16,
-        "--holdout": 0.05,
-        "--model": "tiny",
-    }
+    known = {flag: value for flag, value in recipe.fixed(config_of(sequence_length=16)).items() if value is not None}
+    assert known == {"--sequence-length": 16, "--holdout": 0.05, "--model": "tiny", "--adapter": "none"}
+    adapted = recipe.fixed(config_of(adapter="lora", lora_rank=4))
+    assert (adapted["--adapter"], adapted["--lora-rank"], adapted["--lora-alpha"]) == ("lora", 4, 8.0)
     assert recipe.fixed(config_of(model="/a/folder"))["--model"] is None
 
 

@@ -29,7 +29,11 @@ laptop, and shows where the picture of its loss is. Then give it a text of yours
   albireo train opt --data my-text.txt
   albireo train opt --model 125m --data wikitext/wikitext-2-raw-v1
 
-albireo train gpt2  trains on instructions, and  albireo generate  answers.
+Or train a model on instructions, and let it answer:
+
+\b
+  albireo train gpt2 --data alpaca_data.json --adapter lora
+  albireo generate --run runs/mine --instruction "Name three colours."
 
 Every verb has --help. A wrong value is one line and exit code 2.
 """
