@@ -75,6 +75,8 @@ class LoraDoor:
             with warnings.catch_warnings():
                 # Of a transposed layer peft finds out itself, and says so.
                 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+                # It asks transformers by a switch's older name.
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
                 if pretrained_dir is None:
                     made: PeftModel = peft.get_peft_model(model, lora_config)
                 else:
