@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from albireo.log import Log
+
 _GB = 2**30
 
 
@@ -41,10 +43,10 @@ def main() -> None:
     if arguments.child is not None:
         _run_child(json.loads(arguments.child))
         return
-    done = []
+    done, log = [], Log(stream=sys.stdout)
     for row in arguments.rows:
         done.append(_measure(row, arguments))
-        print(_line(done[-1]), flush=True)
+        log.line(_line(done[-1]))
     if arguments.output is not None:
         arguments.output.write_text(json.dumps({"command": sys.argv, "rows": done}, indent=1) + "\n")
 

@@ -10,6 +10,8 @@ import click
 from albireo import __version__
 from albireo.cli.bench import bench
 from albireo.cli.check import check
+from albireo.cli.checkpoint import checkpoint
+from albireo.cli.generate import generate
 from albireo.cli.options import NamedGroup
 from albireo.cli.run import run
 from albireo.cli.train import train
@@ -27,6 +29,12 @@ laptop, and shows where the picture of its loss is. Then give it a text of yours
   albireo train opt --data my-text.txt
   albireo train opt --model 125m --data wikitext/wikitext-2-raw-v1
 
+Or train a model on instructions, and let it answer:
+
+\b
+  albireo train gpt2 --data alpaca_data.json --adapter lora
+  albireo generate --run runs/mine --instruction "Name three colours."
+
 Every verb has --help. A wrong value is one line and exit code 2.
 """
 
@@ -42,6 +50,8 @@ def cli() -> None:
 cli.add_command(train)
 cli.add_command(verify)
 cli.add_command(bench)
+cli.add_command(generate)
+cli.add_command(checkpoint)
 cli.add_command(run)
 cli.add_command(check)
 
