@@ -134,7 +134,8 @@ def another_value(info: OptionInfo, value: Any) -> Any:
         up = (value or 1) + 1
         return up if info.maximum is None or up <= info.maximum else up - 2
     if info.kind is float:
-        return (value or 0.0) + 0.25
+        up = (value or 0.0) + 0.25
+        return up if info.maximum is None or up <= info.maximum else up - 0.5
     return "125m" if info.name == "model" else "/another/name"
 
 

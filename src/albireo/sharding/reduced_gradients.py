@@ -251,6 +251,8 @@ class ReducedGradients(Gradients):
                 filling.reduced = result.mul_(mean) if self._scatter else result * mean
             else:
                 filling.reduced.add_(result, alpha=mean)
+            # With an all-reduce it still holds the whole buffer.
+            del transfer, result
             self._offload(filling)
 
     def _offload(self, filling: _Filling) -> None:
