@@ -170,14 +170,18 @@ class Conductor:
             use.inputs_pending -= 1
             self._finish_if_done(use)
 
-    def gradient_taken(self, parameter: nn.Parameter) -> None:
+    def gradient_came(self, chunk: Chunk, parameter: nn.Parameter) -> None:
         """A parameter's gradient has come.
+
+        Args:
+            chunk: the parameter's.
+            parameter: which.
 
         Raises:
             RuntimeError: its weights were away, so the gradient is NaN.
         """
         use = self._use_of_parameter[parameter]
-        if not all(chunk.is_current for chunk in use.chunks):
+        if not chunk.is_current:
             raise RuntimeError(
                 f"the backward of {use.unit.name or 'the model'} has run while its weights were away: its outputs must be "
                 "what its forward returns (tensors, or lists, tuples and dicts of them), not attributes of the module"
