@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
@@ -29,11 +30,17 @@ Boosted = tuple[Booster, ModelWrapper, OptimizerWrapper]
 
 
 @contextmanager
-def quick_kernel() -> Iterator[None]:
-    """It takes a second to compile the host's kernel, and no bit depends on it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(host_stepper, "choose_kernel", lambda threads, **_: TorchKernel(threads))
-        yield
+def quickly() -> Iterator[None]:
+    """On one thread, which is enough for so little; and it takes a second to compile the host's kernel."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            # No bit depends on it.
+            patch.setattr(host_stepper, "choose_kernel", lambda threads, **_: TorchKernel(threads))
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def gemini(**options: Any) -> GeminiPlugin:
@@ -101,10 +108,11 @@ def everything(
     return {"numbers": train(run, kind, steps, accumulate, clip), "left": left(run)}
 
 
+@cache
 def least_bytes(kind: str, *, accumulate: int = 1, **options: Any) -> int:
     """Return the least that the device has to hold of a model's chunks, as a step that was watched has it."""
     run = boosted(gemini(**options), kind)
-    train(run, kind, range(2), accumulate)
+    train(run, kind, range(1), accumulate)
     inner = run[1].gemini  # type: ignore[attr-defined]
     assert inner._trace is not None
     return least_device_bytes(inner._trace, inner._planner._bytes(accumulates=accumulate > 1))

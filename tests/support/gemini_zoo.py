@@ -194,7 +194,9 @@ class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(ROWS, WIDTH)
-        self.stages = nn.ModuleList([nn.Sequential(Block(), nn.Dropout(0.0), Block()), nn.ModuleDict({"pair": self.Pair()})])
+        self.stages = nn.ModuleList(
+            [nn.Sequential(Block(), nn.Dropout(0.0), Block()), nn.ModuleDict({"pair": self.Pair()})]
+        )
         self.head = nn.Linear(WIDTH, ROWS)
 
     def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
