@@ -31,7 +31,7 @@ def joined(weight: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
     [
         (torch.bfloat16, 0.37, {"weight_decay": 0.1}),
         (torch.bfloat16, None, {"weight_decay": 0.0, "lr": 0.3, "betas": (0.0, 0.5), "eps": 1e-3}),
-        (torch.float32, None, {"weight_decay": 0.1, "adamw_mode": False}),
+        (torch.float32, None, {"weight_decay": 0.0, "adamw_mode": False}),
     ],
 )
 def test_a_step_is_torchs_fused_step(dtype: torch.dtype, factor: float | None, settings: dict[str, Any]) -> None:
@@ -90,6 +90,7 @@ def test_what_the_kernel_would_step_otherwise_is_left_to_torch() -> None:
         torch.optim.AdamW(parameters),
         torch.optim.AdamW(parameters, fused=True, amsgrad=True),
         torch.optim.AdamW(parameters, lr=torch.tensor(1e-3, device=DEVICE), fused=True),
+        torch.optim.Adam(parameters, weight_decay=0.1, fused=True),
         torch.optim.SGD(parameters, fused=True),
     ):
         assert not SplitAdam.can_step(optimizer, DEVICE)
