@@ -228,6 +228,8 @@ class Booster(StateDoor, LoraDoor):
             for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
                 with nullcontext() if index == last else self.plugin.accumulation_context(model):
                     loss_sum = _loss_sum(model, self._to_device(batch), count)
+                    if index == last:
+                        optimizer.expect_step(max_norm)
                     self.backward(loss_sum * factor, optimizer)
                 sums.append(loss_sum.detach())
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +20,9 @@ from albireo.cli.verify import verify
 from albireo.errors import AlbireoError
 
 __all__ = ["cli", "main"]
+
+# Either name is torch's; every version reads the first.
+_ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 _HELP = """Albireo trains a large model on little hardware: device memory and host memory as one.
 
@@ -65,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the words after `albireo`; those of the process if None.
     """
+    if arguments is None and not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        # A process of our own, before torch reads it: the allocator maps pages where they are wanted, so that little of a
+        # cap is lost in pieces that fit nothing.
+        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     try:
         code = cli.main(args=arguments, prog_name="albireo", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

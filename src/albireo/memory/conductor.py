@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import nn
 
+from albireo.errors import OutOfMemoryError
 from albireo.memory.chunk import Chunk
 from albireo.memory.itinerary import Itinerary
 from albireo.memory.stats import MemStatsCollector, Phase
@@ -93,6 +94,7 @@ class Conductor:
         self._collector = collector
         self._prefetch = prefetch
         self._in_backward = False
+        self._in_training_forward = False
         self._step_began = False
         self.backwards = 0
         self.itinerary: Itinerary | None = None
@@ -116,7 +118,10 @@ class Conductor:
         if self._in_backward:
             self.enter_backward(unit)
             return
-        training = torch.is_grad_enabled()
+        if use is self._root:
+            self._in_training_forward = torch.is_grad_enabled()
+        # Reentrant checkpointing computes blocks without gradients, in the middle of a training step's forward.
+        training = torch.is_grad_enabled() or self._in_training_forward
         if use is self._root and training and not self._step_began:
             self._step_began = True
             if self.on_step_begins is not None:
@@ -131,6 +136,8 @@ class Conductor:
         use = self._use_of[unit]
         if self._in_backward or use.calls == 0:
             return
+        if use is self._root:
+            self._in_training_forward = False
         if use is self._root and torch.is_grad_enabled():
             return
         use.calls -= 1
@@ -170,14 +177,18 @@ class Conductor:
             use.inputs_pending -= 1
             self._finish_if_done(use)
 
-    def gradient_taken(self, parameter: nn.Parameter) -> None:
+    def gradient_came(self, chunk: Chunk, parameter: nn.Parameter) -> None:
         """A parameter's gradient has come.
+
+        Args:
+            chunk: the parameter's.
+            parameter: which.
 
         Raises:
             RuntimeError: its weights were away, so the gradient is NaN.
         """
         use = self._use_of_parameter[parameter]
-        if not all(chunk.is_current for chunk in use.chunks):
+        if not chunk.is_current:
             raise RuntimeError(
                 f"the backward of {use.unit.name or 'the model'} has run while its weights were away: its outputs must be "
                 "what its forward returns (tensors, or lists, tuples and dicts of them), not attributes of the module"
@@ -206,7 +217,7 @@ class Conductor:
 
     def abandon(self) -> None:
         """A step has failed: nothing is in use any more."""
-        self._in_backward = False
+        self._in_backward = self._in_training_forward = False
         for use in self._uses:
             use.forget()
             use.calls = 0
@@ -227,15 +238,25 @@ class Conductor:
         if known is not None and known.is_lost:
             # A step that does what nobody expected has no room promised to it.
             self._let_go(self._manager.chunks)
-        for chunk in use.chunks:
-            self._manager.use(chunk)
+        self._use(use.chunks)
         if observed:
             self._collector.enter(active, phase)
         for number in fetches:
             self._manager.begin(self._manager.chunks[number])
         if known is None:
-            for chunk in self._neighbours(use, phase):
-                self._manager.begin(chunk)
+            # Nobody has kept room for these: where there is none, they come when they are used.
+            with suppress(OutOfMemoryError):
+                for chunk in self._neighbours(use, phase):
+                    self._manager.begin(chunk)
+
+    def _use(self, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            try:
+                self._manager.use(chunk)
+            except OutOfMemoryError:
+                # The room may be taken by what was fetched ahead and is not used after all.
+                self._let_go(self._manager.chunks)
+                self._manager.use(chunk)
 
     def _neighbours(self, use: _UnitUse, phase: Phase) -> Iterator[Chunk]:
         """Yield what is needed next, if units are called in their order."""

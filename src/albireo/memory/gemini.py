@@ -25,7 +25,7 @@ from albireo.memory.stats import MemStatsCollector
 from albireo.memory.tensors import StatefulTensorManager, places_of
 from albireo.memory.units import Unit, find_units
 from albireo.optim import HostStepper, LossScale
-from albireo.sharding import FlatLayout, GradientOffload, Gradients, LocalGradients, ReducedGradients
+from albireo.sharding import FlatLayout, FlatParameters, GradientOffload, Gradients, LocalGradients, ReducedGradients
 from albireo.sharding.weight_source import WeightSource
 
 __all__ = ["Gemini", "Setting"]
@@ -117,7 +117,7 @@ class Gemini:
         )
         self.conductor.on_step_begins = self._begin_step
         self.conductor.on_backward_enters = self._pace
-        self.gradients.on_taken = lambda bucket, number: self.conductor.gradient_taken(bucket.parameters[number])
+        self.gradients.on_gradient = self._hear_gradient
         hook_units(units, self.conductor)
         self._optimizer: torch.optim.Optimizer | None = None
         # The trace of the largest batch so far, and how large that was.
@@ -158,8 +158,14 @@ class Gemini:
         if make_stepper is not None:
             wrapped.make_host_steps = lambda: HostSteps(make_stepper(), self._setting.pool.to_device)
         wrapped.before_clip = self._end_backwards
+        wrapped.is_settled = lambda: self.is_settled
         self._optimizer = optimizer
         return wrapped
+
+    @property
+    def is_settled(self) -> bool:
+        """True if nothing is to be decided in this step: chunks stay where they are."""
+        return self._trace is not None and not self._collector.is_collecting
 
     def flush(self) -> None:
         """Finish steps that are under way, before weights or states are read."""
@@ -182,6 +188,10 @@ class Gemini:
         if world.world_size == 1:
             return LocalGradients(ordered, offload)
         return ReducedGradients(ordered, world, scatter=True, overlap=True, paced=True, offload=offload)
+
+    def _hear_gradient(self, bucket: FlatParameters, number: int) -> None:
+        if isinstance(bucket, Chunk):
+            self.conductor.gradient_came(bucket, bucket.parameters[number])
 
     def _is_on_host(self, bucket: object) -> bool:
         return isinstance(bucket, Chunk) and bucket.states_place == "host"

@@ -157,19 +157,24 @@ def place_statically(
     return _placement(draft, trace, chunks)
 
 
-def place_for_warmup(chunks: Sequence[ChunkBytes], *, host_bytes: int | None) -> tuple[frozenset[int], frozenset[int]]:
+def place_for_warmup(
+    chunks: Sequence[ChunkBytes], *, host_bytes: int | None, trace: Trace = (), device_bytes: int | None = None
+) -> tuple[frozenset[int], frozenset[int]]:
     """Place states for the step that is watched, of which nothing is known yet: as many as can be are on the host.
 
     Args:
         chunks: by number.
         host_bytes: the host's memory for model data, or None if it does not bind.
+        trace: the uses that are expected, with nothing beside model data.
+        device_bytes: the device's memory, or None if it does not bind.
 
     Returns:
         The chunks whose states are on the device, because the host has no room for them: those that the next forward
         needs first. And the resident ones: the root's. All other weights travel.
 
     Raises:
-        OutOfMemoryError: the host cannot hold the homes of weights; the message says the least that it has to hold.
+        OutOfMemoryError: the host cannot hold the homes of weights, or the device what is in use and the states that the
+            host has no room for; the message says the least that it has to hold.
     """
     root = frozenset(number for number, chunk in enumerate(chunks) if chunk.is_root)
     on_device = {number for number, chunk in enumerate(chunks) if chunk.trained}
@@ -180,6 +185,12 @@ def place_for_warmup(chunks: Sequence[ChunkBytes], *, host_bytes: int | None) ->
         without = on_device - {chunk}
         if host_bytes is None or host_bytes_taken(chunks, states_on_device=without, resident=root) <= host_bytes:
             on_device = without
+    present = [use.chunks - root for use in trace]
+    taken = max(
+        device_bytes_taken(trace, chunks, states_on_device=on_device, resident=root, present=present), default=0
+    )
+    if device_bytes is not None and taken > device_bytes:
+        raise _device_error("a first step takes", taken, device_bytes)
     return frozenset(on_device), root
 
 

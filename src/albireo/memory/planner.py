@@ -77,7 +77,12 @@ class Planner:
         """
         if self.policy.kind == "static":
             return self.place(self._expected(), accumulates=False)
-        states, resident = place_for_warmup(self._bytes(accumulates=False), host_bytes=self.limits.host)
+        states, resident = place_for_warmup(
+            self._bytes(accumulates=False),
+            host_bytes=self.limits.host,
+            trace=self._expected(),
+            device_bytes=self.limits.device,
+        )
         return Placement(
             states_on_device=frozenset(states),
             resident=frozenset(resident),

@@ -59,6 +59,13 @@ class OptimizerWrapper:
         """Return the gradients that there are, in the groups' order."""
         return [p.grad for group in self.optim.param_groups for p in group["params"] if p.grad is not None]
 
+    def expect_step(self, max_norm: float) -> None:
+        """Hear that the next backward is a step's last, and that the step follows with the values that groups have now.
+
+        Args:
+            max_norm: the bound to which gradients will be clipped; 0: none.
+        """
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss's gradients to the parameters'.
 

@@ -28,7 +28,8 @@ class Gradients(ABC):
     Attributes:
         buckets: the same.
         offload: the same.
-        on_taken: called with a bucket and a segment's number when that parameter's gradient has been taken.
+        on_gradient: called with a bucket and a segment's number when that parameter's gradient has come, before it is
+            taken.
     """
 
     def __init__(self, buckets: Sequence[FlatParameters], offload: GradientOffload | None = None) -> None:
@@ -38,7 +39,7 @@ class Gradients(ABC):
         self._more_to_come = False
         self._reducing = True
         self._factor: torch.Tensor | None = None
-        self.on_taken: Callable[[FlatParameters, int], None] | None = None
+        self.on_gradient: Callable[[FlatParameters, int], None] | None = None
         for bucket in self.buckets:
             for number, parameter in enumerate(bucket.parameters):
                 parameter.register_post_accumulate_grad_hook(self._hook(bucket, number))  # type: ignore[no-untyped-call]
@@ -208,9 +209,9 @@ class Gradients(ABC):
             if gradient.layout != torch.strided:
                 raise ConfigError("sharding needs dense gradients: make the embedding with sparse=False")
             with torch.no_grad():
+                if self.on_gradient is not None:
+                    self.on_gradient(bucket, number)
                 self.take(bucket, number, gradient.detach())
-                if self.on_taken is not None:
-                    self.on_taken(bucket, number)
 
         return take
 

@@ -1,0 +1,118 @@
+"""Short trainings with Gemini, and all that may come of one, to be compared to the bit."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from gemini_zoo import KINDS, built
+from torch import nn
+
+from albireo.booster import Booster
+from albireo.checkpoint import tensor_names
+from albireo.distributed import World
+from albireo.memory.placement import least_device_bytes
+from albireo.optim import HybridAdam, OptimizerWrapper, host_stepper
+from albireo.optim.host_kernel import TorchKernel
+from albireo.plugins import GeminiPlugin, ModelWrapper, Plugin
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, 0, CPU)
+# Several chunks a block; a scale that does not overflow at once.
+SMALL: Mapping[str, Any] = {"min_chunk_size_m": 0.002, "initial_scale": 2.0**8}
+
+Boosted = tuple[Booster, ModelWrapper, OptimizerWrapper]
+
+
+@contextmanager
+def quickly() -> Iterator[None]:
+    """On one thread, which is enough for so little; and it takes a second to compile the host's kernel."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            # No bit depends on it.
+            patch.setattr(host_stepper, "choose_kernel", lambda threads, **_: TorchKernel(threads))
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def gemini(**options: Any) -> GeminiPlugin:
+    return GeminiPlugin(**{**SMALL, "precision": "fp32", **options})
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    stepped = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in stepped if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in stepped if p.dim() < 2], "weight_decay": 0.0, "lr": 5e-3},
+    ]
+
+
+def boosted(
+    plugin: Plugin, kind: str, world: World = ALONE, change: Callable[[nn.Module], object] | None = None
+) -> Boosted:
+    """Return a small model, boosted.
+
+    Args:
+        plugin: which.
+        kind: of the zoo.
+        world: the ranks.
+        change: is called with the model before.
+    """
+    model = built(kind)
+    if change is not None:
+        change(model)
+    booster = Booster(plugin=plugin, world=World(world.rank, world.world_size, world.local_rank, CPU))
+    wrapped, optimizer, *_ = booster.boost(model, HybridAdam(groups(model), lr=1e-2))
+    return booster, wrapped, optimizer
+
+
+def train(
+    run: Boosted, kind: str, steps: range = range(3), accumulate: int = 1, clip: float = 0.0
+) -> list[tuple[float, float]]:
+    """Train some steps, and return the loss and the norm of each."""
+    booster, model, optimizer = run
+    numbers = []
+    for step in steps:
+        batches = [KINDS[kind].batch(step, booster.world.rank, micro) for micro in range(accumulate)]
+        output = booster.train_step(model, optimizer, batches, [KINDS[kind].terms(b) for b in batches], max_norm=clip)
+        numbers.append((float(output.loss_sum), float(output.grad_norm)))
+    return numbers
+
+
+def left(run: Boosted) -> dict[str, str]:
+    """Return a digest of each weight, buffer and state that this rank saves."""
+    booster, model, optimizer = run
+    names, _ = tensor_names(model.unwrap())
+    parts = booster.plugin.export_state(model, optimizer, names, booster.world)
+    return {f"{part.name}@{part.start}": digest(part.data) for part in parts}
+
+
+def digest(tensor: torch.Tensor) -> str:
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0)
+    return hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
+
+
+def everything(
+    plugin: Plugin, kind: str, world: World = ALONE, steps: range = range(3), accumulate: int = 1, clip: float = 0.0
+) -> dict[str, Any]:
+    """Train, and return all that comes of it."""
+    run = boosted(plugin, kind, world)
+    return {"numbers": train(run, kind, steps, accumulate, clip), "left": left(run)}
+
+
+@cache
+def least_bytes(kind: str, *, accumulate: int = 1, **options: Any) -> int:
+    """Return the least that the device has to hold of a model's chunks, as a step that was watched has it."""
+    run = boosted(gemini(**options), kind)
+    train(run, kind, range(1), accumulate)
+    inner = run[1].gemini  # type: ignore[attr-defined]
+    assert inner._trace is not None
+    return least_device_bytes(inner._trace, inner._planner._bytes(accumulates=accumulate > 1))
