@@ -22,8 +22,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from albireo.log import Log
-
 _GB = 2**30
 # As `albireo train` sets it where nobody else has.
 _ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
@@ -46,10 +44,10 @@ def main() -> None:
     if arguments.child is not None:
         _run_child(json.loads(arguments.child))
         return
-    done, log = [], Log(stream=sys.stdout)
+    done = []
     for row in arguments.rows:
         done.append(_measure(row, arguments))
-        log.line(_line(done[-1]))
+        print(_line(done[-1]), flush=True)
     if arguments.output is not None:
         arguments.output.write_text(json.dumps({"command": sys.argv, "rows": done}, indent=1) + "\n")
 
