@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gemini_runs import ALONE, Boosted, boosted, everything, gemini, groups, least_bytes, left, late_and_alone, train
+from gemini_runs import ALONE, Boosted, boosted, everything, gemini, groups, late_and_alone, least_bytes, left, train
 from gemini_zoo import KINDS, built
 from tiny_models import small_opt
 from torch import nn
