@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gemini_runs import ALONE, Boosted, boosted, everything, gemini, groups, least_bytes, left, quickly, train
+from gemini_runs import ALONE, Boosted, boosted, everything, gemini, groups, late_and_alone, least_bytes, left, train
 from gemini_zoo import KINDS, built
 from tiny_models import small_opt
 from torch import nn
@@ -52,8 +52,8 @@ CELLS = [
 
 
 @pytest.fixture(autouse=True)
-def _quick() -> Iterator[None]:
-    with quickly():
+def _late() -> Iterator[None]:
+    with late_and_alone():
         yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,8 @@ from albireo.distributed import World
 from albireo.memory.placement import least_device_bytes
 from albireo.optim import HybridAdam, OptimizerWrapper, host_stepper
 from albireo.optim.host_kernel import TorchKernel
+from albireo.optim.host_step import HostStep
+from albireo.optim.host_worker import HostWorker
 from albireo.plugins import GeminiPlugin, ModelWrapper, Plugin
 
 CPU = torch.device("cpu")
@@ -29,15 +32,53 @@ SMALL: Mapping[str, Any] = {"min_chunk_size_m": 0.002, "initial_scale": 2.0**8}
 Boosted = tuple[Booster, ModelWrapper, OptimizerWrapper]
 
 
+class LateKernel(TorchKernel):
+    """Steps nothing until somebody waits, and then no more than is waited for: who forgets to wait reads old weights.
+
+    It needs no compiler, which would take a second; no bit depends on that.
+    """
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self.permits = threading.Semaphore(0)
+        self.is_free = False
+
+    def submit(self, step: HostStep) -> None:
+        if not self.is_free:
+            self.permits.acquire()
+        super().submit(step)
+
+
+class _LateWorker(HostWorker):
+    """What a host worker does when somebody waits, or when it is to end, with a late kernel."""
+
+    plainly = HostWorker.wait_until, HostWorker.end
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        while isinstance(self.kernel, LateKernel) and not condition() and self._error is None:
+            before = self._reported
+            self.kernel.permits.release()
+            with self._changed:
+                self._changed.wait_for(lambda: self._reported > before or self._error is not None)
+        _LateWorker.plainly[0](self, condition)
+
+    def end(self) -> None:
+        if isinstance(self.kernel, LateKernel):
+            self.kernel.is_free = True
+            self.kernel.permits.release()
+        _LateWorker.plainly[1](self)
+
+
 @contextmanager
-def quickly() -> Iterator[None]:
-    """On one thread, which is enough for so little; and it takes a second to compile the host's kernel."""
+def late_and_alone() -> Iterator[None]:
+    """The host steps as late as it may; and all else is computed on one thread, which is enough for so little."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            # No bit depends on it.
-            patch.setattr(host_stepper, "choose_kernel", lambda threads, **_: TorchKernel(threads))
+            patch.setattr(host_stepper, "choose_kernel", lambda threads, **_: LateKernel(threads))
+            patch.setattr(HostWorker, "wait_until", _LateWorker.wait_until)
+            patch.setattr(HostWorker, "end", _LateWorker.end)
             yield
     finally:
         torch.set_num_threads(threads)

@@ -135,10 +135,17 @@ class Chunk:
         return self.layout.partition_numel * self.dtype.itemsize
 
     def attach(self) -> None:
-        """Let the parameters be views of the storage."""
+        """Let the parameters be views of the storage.
+
+        Raises:
+            RuntimeError: somebody has cast, moved or replaced one while it was away; with what to do instead.
+        """
         if self.is_attached:
             return
+        away = self._pool.nan(self.dtype).data_ptr()
         for parameter, view in zip(self.parameters, self._views, strict=True):
+            if parameter.data_ptr() != away:
+                raise _moved(view.shape)
             parameter.data = view
         self.is_attached = True
 
@@ -173,14 +180,12 @@ class Chunk:
         Raises:
             RuntimeError: with what to do instead.
         """
+        away = self._pool.nan(self.dtype).data_ptr()
         parts = zip(self.parameters, self.layout.segments, self._views, self._versions, strict=True)
         for parameter, segment, view, version in parts:
-            moved = self.is_attached and parameter.data_ptr() != view.data_ptr()
-            if moved or parameter.dtype != self.dtype:
-                raise RuntimeError(
-                    f"a weight of shape {segment.shape} has left its place: a boosted model must not be cast, moved or "
-                    "given other tensors; load weights by booster.load_model"
-                )
+            place = view.data_ptr() if self.is_attached else away
+            if parameter.data_ptr() != place or parameter.dtype != self.dtype:
+                raise _moved(segment.shape)
             if _version(parameter) != version:
                 raise RuntimeError(
                     f"a weight of shape {segment.shape} was written to, which the next step would undo: load weights by "
@@ -271,6 +276,13 @@ class Chunk:
             return self.partition
         numel = self.layout.partition_numel
         return self._pool.empty(numel, self.dtype) if home == "device" else self._pool.host(numel, self.dtype)
+
+
+def _moved(shape: tuple[int, ...]) -> RuntimeError:
+    return RuntimeError(
+        f"a weight of shape {tuple(shape)} has left its place: a boosted model must not be cast, moved or given other "
+        "tensors; load weights by booster.load_model"
+    )
 
 
 def _version(tensor: torch.Tensor) -> int:

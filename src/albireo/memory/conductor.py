@@ -94,7 +94,7 @@ class Conductor:
         self._collector = collector
         self._prefetch = prefetch
         self._in_backward = False
-        self._in_training_forward = False
+        self._in_forward = self._in_training_forward = False
         self._step_began = False
         self.backwards = 0
         self.itinerary: Itinerary | None = None
@@ -119,7 +119,10 @@ class Conductor:
             self.enter_backward(unit)
             return
         if use is self._root:
-            self._in_training_forward = torch.is_grad_enabled()
+            if self._in_forward:
+                # The one before has failed, and nobody has said so.
+                self.abandon()
+            self._in_forward, self._in_training_forward = True, torch.is_grad_enabled()
         # Reentrant checkpointing computes blocks without gradients, in the middle of a training step's forward.
         training = torch.is_grad_enabled() or self._in_training_forward
         if use is self._root and training and not self._step_began:
@@ -137,7 +140,7 @@ class Conductor:
         if self._in_backward or use.calls == 0:
             return
         if use is self._root:
-            self._in_training_forward = False
+            self._in_forward = self._in_training_forward = False
         if use is self._root and torch.is_grad_enabled():
             return
         use.calls -= 1
@@ -188,7 +191,7 @@ class Conductor:
             RuntimeError: its weights were away, so the gradient is NaN.
         """
         use = self._use_of_parameter[parameter]
-        if not chunk.is_current:
+        if not chunk.is_current or chunk.arrival is not None:
             raise RuntimeError(
                 f"the backward of {use.unit.name or 'the model'} has run while its weights were away: its outputs must be "
                 "what its forward returns (tensors, or lists, tuples and dicts of them), not attributes of the module"
@@ -217,7 +220,7 @@ class Conductor:
 
     def abandon(self) -> None:
         """A step has failed: nothing is in use any more."""
-        self._in_backward = self._in_training_forward = False
+        self._in_backward = self._in_forward = self._in_training_forward = False
         for use in self._uses:
             use.forget()
             use.calls = 0

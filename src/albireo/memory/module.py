@@ -23,15 +23,17 @@ def hook_units(units: Sequence[Unit], conductor: Conductor) -> None:
         conductor: who hears.
     """
     for unit in units:
-        unit.module.register_forward_pre_hook(_before_forward(unit, conductor), prepend=True, with_kwargs=True)
-        unit.module.register_forward_hook(_after_forward(unit, conductor))
+        # A user may have compiled a block with its hooks (`block.compile()`): these are not for a compiler.
+        before, after = (torch.compiler.disable(h(unit, conductor)) for h in (_before_forward, _after_forward))
+        unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        unit.module.register_forward_hook(after)
     root = units[-1]
     within = {id(part) for unit in units[:-1] for part in unit.module.modules()}
     mine = set(root.parameters)
     for module in root.module.modules():
         # Somebody may call a part of the model without the whole, to generate for instance.
         if module is not root.module and id(module) not in within and mine & set(module.parameters(recurse=False)):
-            module.register_forward_pre_hook(_before_part(conductor), prepend=True)
+            module.register_forward_pre_hook(torch.compiler.disable(_before_part(conductor)), prepend=True)
 
 
 def _before_part(conductor: Conductor) -> Callable[..., None]:
