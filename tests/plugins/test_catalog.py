@@ -46,5 +46,5 @@ def test_offload_is_passed_on() -> None:
 
 
 def test_an_unknown_plugin_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"--plugin is one of torch_ddp, .*torch_fsdp.*, not 'gemini'"):
-        make_plugin(dataclasses.replace(PluginConfig(), plugin="gemini"))
+    with pytest.raises(ConfigError, match=r"--plugin is one of torch_ddp, .*torch_fsdp.*, not 'pipeline'"):
+        make_plugin(dataclasses.replace(PluginConfig(), plugin="pipeline"))
