@@ -236,12 +236,16 @@ class Booster(StateDoor, LoraDoor):
             # What was added up so far must not go into the next step of a caller who takes a smaller batch instead.
             optimizer.abandon_step()
             raise
-        if observe is not None:
-            observe("reduced")
-        norm = optimizer.clip_grad_by_norm(max_norm)
-        if observe is not None:
-            observe("clipped")
-        optimizer.step()
+        try:
+            if observe is not None:
+                observe("reduced")
+            norm = optimizer.clip_grad_by_norm(max_norm)
+            if observe is not None:
+                observe("clipped")
+            optimizer.step()
+        except BaseException:
+            optimizer.abandon_step(reduced=True)
+            raise
         if lr_scheduler is not None:
             lr_scheduler.step()
         optimizer.zero_grad()

@@ -135,11 +135,16 @@ class HostSteps:
         if self._is_last:
             self._stepper.flush()
 
-    def abandon(self) -> None:
-        """A step has failed. If some chunks have been stepped, weights are of two steps, and nothing may use them."""
-        if self._is_last:
+    def abandon(self, *, begun: bool = False) -> None:
+        """A step has failed. If some chunks have been stepped, weights are of two steps, and nothing may use them.
+
+        Args:
+            begun: some have been, here or on the device.
+        """
+        if self._is_last and not begun:
             return
-        begun = bool(self._unfinished) or (self._ticket is not None and self._ticket.done > 0)
+        if not self._is_last:
+            begun = begun or bool(self._handed_over)
         with self._lock:
             self._waiting.clear()
             self._unfinished.intersection_update(self._under_way.values())
@@ -189,7 +194,8 @@ class HostSteps:
     def _refuse_half_steps(self) -> None:
         if self._half_stepped:
             raise RuntimeError(
-                "a step failed when some weights had been stepped and others not: load a checkpoint before going on"
+                "a step failed when some weights had been stepped and others not, so this model and optimizer cannot be used "
+                "any more: boost again, and load a checkpoint"
             )
 
 

@@ -53,6 +53,9 @@ def _before_forward(unit: Unit, conductor: Conductor) -> Callable[..., None]:
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         # A recomputation has the same inputs as the forward, which are hooked already.
         hooked = [] if conductor.in_backward else [value for value in inputs if value.requires_grad]
+        if any(value.is_leaf for value in hooked):
+            # A leaf lives on, and so would its hooks: what the unit has frozen stays to the end of backward.
+            hooked = []
         conductor.enter_forward(unit, sum(value.numel() for value in inputs))
         if hooked and torch.is_grad_enabled():
             conductor.expect_inputs(unit, len(hooked))

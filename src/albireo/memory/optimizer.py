@@ -83,6 +83,9 @@ class GeminiOptimizer(ShardedOptimizer):
             if steps is None or offload is None:
                 super().backward(loss)
                 return
+            # Steps count as changes of ours, and would cover those of others.
+            for chunk in self._chunks:
+                chunk.check_untouched()
             # A gradient comes after all that still reads its weights.
             steps.open(1.0, fenced=False)
             offload.on_sent = self._hand_over
@@ -103,12 +106,15 @@ class GeminiOptimizer(ShardedOptimizer):
         super().step(closure)
         self._conductor.end_step()
 
-    def abandon_step(self) -> None:
+    def abandon_step(self, *, reduced: bool = False) -> None:
         """Forget a step that failed on this rank, so that it fails on all."""
-        if self._manager.host_steps is not None:
-            self._manager.host_steps.abandon()
-        super().abandon_step()
-        self._conductor.abandon()
+        self._steps_early = False
+        try:
+            if self._manager.host_steps is not None:
+                self._manager.host_steps.abandon()
+        finally:
+            super().abandon_step(reduced=reduced)
+            self._conductor.abandon()
 
     def flush(self) -> None:
         """Finish steps that are under way.
@@ -129,6 +135,14 @@ class GeminiOptimizer(ShardedOptimizer):
             self.before_clip()
 
     def _step_all(self) -> None:
+        try:
+            self._step_both_sides()
+        except BaseException:
+            if self._manager.host_steps is not None:
+                self._manager.host_steps.abandon(begun=True)
+            raise
+
+    def _step_both_sides(self) -> None:
         host = self._on_host()
         steps = self._host_steps() if host else None
         if steps is None:

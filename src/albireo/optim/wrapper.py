@@ -139,8 +139,12 @@ class OptimizerWrapper:
         """Return by what the gradients are larger than they should be, a scalar on the device; None: by nothing."""
         return None
 
-    def abandon_step(self) -> None:
-        """Forget a step that failed on this rank."""
+    def abandon_step(self, *, reduced: bool = False) -> None:  # noqa: ARG002  where ranks share gradients, it matters
+        """Forget a step that failed on this rank.
+
+        Args:
+            reduced: it failed after the last backward, so that no rank waits for this one's gradients.
+        """
         self.zero_grad()
 
     def scaler_state(self) -> dict[str, float]:

@@ -147,6 +147,9 @@ class GradientOffload:
 
     def release(self, bucket: FlatParameters) -> None:
         """Let a bucket's host buffers go: its gradients have been recalled, and do not leave any more."""
+        if self._device.type == "cuda":
+            # What was recalled is copied from them.
+            torch.cuda.current_stream(self._device).synchronize()
         for key in [key for key in self._buffers if key[0] is bucket]:
             del self._buffers[key]
 
