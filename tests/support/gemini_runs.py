@@ -56,10 +56,11 @@ class _LateWorker(HostWorker):
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         while isinstance(self.kernel, LateKernel) and not condition() and self._error is None:
-            before = self._reported
+            one_more = self._reported + 1
             self.kernel.permits.release()
             with self._changed:
-                self._changed.wait_for(lambda: self._reported > before or self._error is not None)
+                while self._reported < one_more and self._error is None:
+                    self._changed.wait()
         _LateWorker.plainly[0](self, condition)
 
     def end(self) -> None:
@@ -150,9 +151,9 @@ def everything(
 
 
 @cache
-def least_bytes(kind: str, *, accumulate: int = 1, **options: Any) -> int:
+def least_bytes(kind: str, *, world: World = ALONE, accumulate: int = 1, **options: Any) -> int:
     """Return the least that the device has to hold of a model's chunks, as a step that was watched has it."""
-    run = boosted(gemini(**options), kind)
+    run = boosted(gemini(**options), kind, world)
     train(run, kind, range(1), accumulate)
     inner = run[1].gemini  # type: ignore[attr-defined]
     assert inner._trace is not None

@@ -90,6 +90,18 @@ class Branched(Blocks):
         return x
 
 
+class Sided(Blocks):
+    """A layer of the root that only some batches use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.Linear(WIDTH, WIDTH)
+
+    def middle(self, x: torch.Tensor, branch: bool) -> torch.Tensor:
+        x = super().middle(x, branch)
+        return x + self.side(x).tanh() if branch else x
+
+
 class Twice(Blocks):
     """Blocks that are called twice in a forward, one of them twice in a row."""
 
@@ -311,6 +323,7 @@ KINDS: Mapping[str, Kind] = {
     "conv": Kind(Conv, _images("images"), lambda batch: len(batch["labels"])),
     "plain": _blocks(Blocks),
     "branch": _blocks(Branched, _branch),
+    "side": _blocks(Sided, _branch),
     "twice": _blocks(Twice),
     "shuffled": _blocks(Shuffled),
     "tied blocks": _blocks(Tied),
