@@ -25,11 +25,18 @@ BESIDE = {
     "text_field": ["--data", "a/b"],
     "zero_stage": ["--plugin", "low_level_zero"],
     "cpu_offload": ["--plugin", "low_level_zero"],
+    "placement": ["--plugin", "gemini"],
+    "offload_optim_frac": ["--plugin", "gemini", "--placement", "static"],
+    "offload_param_frac": ["--plugin", "gemini", "--placement", "static"],
+    "shard_param_frac": ["--plugin", "gemini", "--placement", "static"],
+    "prefetch": ["--plugin", "gemini"],
+    "host_cap": ["--plugin", "gemini"],
 }
 FOLLOWS = {
     "model": {"init", "sequence_length", "learning_rate", "epochs"},
     "steps": {"epochs"},
     "plugin": {"precision"},
+    "placement": {"offload_optim_frac", "offload_param_frac", "shard_param_frac"},
 }
 
 
@@ -122,7 +129,8 @@ def another_value(info: OptionInfo, value: Any) -> Any:
         up = (value or 1) + 1
         return up if info.maximum is None or up <= info.maximum else up - 2
     if info.kind is float:
-        return (value or 0.0) + 0.25
+        up = (value or 0.0) + 0.25
+        return up if info.maximum is None or up <= info.maximum else up - 0.5
     return "125m" if info.name == "model" else "/another/name"
 
 
