@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import stat
@@ -192,6 +193,25 @@ FLAGS = [
         "--plugin torch_ddp_fp16 --precision bf16",
         ("torch_ddp_fp16", "not in bf16", "--precision fp16"),
     ),
+    Wrong(
+        "share of another", "--offload-optim-frac 0.5", ("--offload-optim-frac is for --plugin gemini", "leave it out")
+    ),
+    Wrong("placement of another", "--plugin torch_fsdp --placement auto", ("--placement is for --plugin gemini",)),
+    Wrong("no prefetch of another", "--plugin torch_fsdp --prefetch 0", ("--prefetch is for --plugin gemini",)),
+    Wrong("no share of another", "--offload-param-frac 0", ("--offload-param-frac is for --plugin gemini",)),
+    Wrong("room on the host of another", "--host-cap 4", ("--host-cap is for --plugin gemini", "leave it out")),
+    Wrong("stage of chunks", "--plugin gemini --zero-stage 2", ("--plugin gemini has no stages", "leave it out")),
+    Wrong("offload of chunks", "--plugin gemini --cpu-offload", ("--cpu-offload", "leave it out")),
+    Wrong(
+        "share that the cap decides",
+        "--plugin gemini --placement auto --offload-optim-frac 0.5",
+        ("--offload-optim-frac is for --placement static", "leave one of them out"),
+    ),
+    Wrong("more than all", "--plugin gemini --offload-optim-frac 1.5", ("--offload-optim-frac must be at most 1",)),
+    Wrong("less than none", "--plugin gemini --shard-param-frac -0.1", ("--shard-param-frac must be at least 0",)),
+    Wrong("unknown placement", "--plugin gemini --placement best", ("--placement", "best", "auto", "static")),
+    Wrong("prefetch backwards", "--plugin gemini --prefetch -1", ("--prefetch must be at least 0, not -1",)),
+    Wrong("negative room on the host", "--plugin gemini --host-cap -1", ("--host-cap must be at least 0",)),
     Wrong("ids need no tokenizer", "--data random --tokenizer {tokenizer}", ("--data random", "--tokenizer")),
     Wrong("made-up text has no fields", "--text-field body", ("--data synthetic", "--text-field body", "leave it out")),
 ]
@@ -299,6 +319,34 @@ def test_a_cap_on_device_memory_where_there_is_none(train_server: TrainServer, t
 
 
 @pytest.mark.parametrize(
+    ("arguments", "memory"),
+    [
+        ("--host-cap 0.001", "host"),
+        ("--host-cap 0.001 --offload-optim-frac 1", "host"),
+        ("--mem-cap 0.001", "device"),
+        ("--mem-cap 0.001 --offload-optim-frac 1 --offload-param-frac 1", "device"),
+        ("--mem-cap 0.001 --placement static", "device"),
+    ],
+)
+def test_a_cap_that_cannot_do_is_refused_with_the_least_that_does(
+    train_server: TrainServer, tmp_path: Path, cache_folder: Path, text: Path, arguments: str, memory: str
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU the caps are those of the GPU, which tests/gpu has")
+    shared = f"--plugin gemini --data {text} --cache {cache_folder} --steps 2 --eval-every 0 --save-every 0 {SHORT}"
+    flags = ["train", "opt", *shlex.split(shared), *shlex.split(arguments)]
+    line = said(
+        train_server.run([*flags, "--output", str(tmp_path / "run")]), f"of {memory} memory", "raise --", late=True
+    )
+    least = re.search(rf"at least ([\d.]+) GB of {memory} memory, and there are 0\.00 GB", line)
+    assert least is not None, line
+    assert content(tmp_path) == {}
+    cap = "--host-cap" if memory == "host" else "--mem-cap"
+    ended = train_server.run([*flags, cap, least[1], "--output", str(tmp_path / "run")])
+    assert ended.code == 0, ended.errors
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("tran", ("'tran'", "train", "bench", "albireo --help")),
@@ -343,6 +391,8 @@ TOGETHER = [
     ({"plugin": "torch_ddp", "zero_stage": 1}, "", ("--zero-stage is for --plugin low_level_zero",)),
     ({"plugin": "torch_ddp", "cpu_offload": True}, "", ("--cpu-offload", "--no-cpu-offload if a file")),
     ({"cpu_offload": True, "plugin": "torch_fsdp"}, "--plugin torch_ddp", ("--cpu-offload", "--no-cpu-offload if a file")),
+    ({"placement": "auto", "plugin": "gemini"}, "--shard-param-frac 0.5", ("--shard-param-frac is for --placement static",)),
+    ({"plugin": "low_level_zero", "prefetch": 2}, "", ("--prefetch is for --plugin gemini", "leave it out")),
     ({"precision": "bf16"}, "--plugin torch_ddp_fp16", ("torch_ddp_fp16", "not in bf16", "--precision fp16")),
 ]  # fmt: skip
 

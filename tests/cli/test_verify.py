@@ -59,6 +59,23 @@ def test_two_ranks_in_fp16_with_a_step_that_is_left_out(verify: Any) -> None:
     assert "passed: 2 steps" in ended.output
 
 
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        ("--gpus 1 --precision bf16", 1),
+        ("--gpus 1 --precision fp16 --mem-cap 0.01 --accumulate 2", 1),
+        ("--gpus 1 --offload-optim-frac 0.5 --offload-param-frac 0.5", 1),
+        ("--gpus 2 --precision bf16 --offload-optim-frac 1 --offload-param-frac 1 --clip 0.5", 2),
+    ],
+)
+def test_chunks_wherever_they_are(verify: Any, flags: str, ranks: int) -> None:
+    ended, content = verify(f"--plugin gemini --steps 2 --warmup 0 {flags}")
+    assert ended.code == 0, ended
+    assert content["passed"] is True
+    assert (content["plugin"], content["world_size"]) == ("gemini", ranks)
+    assert len([step for step in content["steps"] if not step["skipped"]]) == 2
+
+
 def test_flags_that_play_no_part_are_named(verify: Any) -> None:
     ended, content = verify("--steps 1 --warmup 0 --save-every 5 --keep 1 --checkpointing")
     assert ended.code == 0, ended

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from albireo.config import RunConfig, config_from_mapping, config_to_mapping, merge, read_config_file
+from albireo.config import (
+    MachineFacts,
+    RunConfig,
+    config_from_mapping,
+    config_to_mapping,
+    merge,
+    read_config_file,
+    resolve,
+)
 from albireo.errors import ConfigError
 
 
@@ -36,6 +44,20 @@ def test_another_plugin_begins_without_the_stage_of_the_one_before() -> None:
     assert merge(begun, {"batch_size": 2}).plugin.zero_stage == 1
     # What is said together is kept, to be refused.
     assert merge(begun, {"plugin": "torch_fsdp", "zero_stage": 2}).plugin.zero_stage == 2
+
+
+def test_another_plugin_begins_without_the_placement_of_the_one_before() -> None:
+    begun = resolve(
+        merge(RunConfig(), {"plugin": "gemini", "offload_optim_frac": 0.5, "prefetch": 3, "host_cap": 2.0}),
+        MachineFacts("cpu", 1, bf16_is_native=False),
+    )
+    then = merge(begun, {"plugin": "torch_fsdp"}).plugin
+    assert (then.placement, then.offload_optim_frac, then.offload_param_frac, then.shard_param_frac) == (None,) * 4
+    assert (then.prefetch, then.host_cap) == (None, 0.0)
+    assert merge(begun, {"plugin": "gemini"}).plugin == begun.plugin
+    assert merge(begun, {"offload_param_frac": 1.0}).plugin.offload_optim_frac == 0.5
+    # What is said together is kept, to be refused.
+    assert merge(begun, {"plugin": "torch_fsdp", "prefetch": 1}).plugin.prefetch == 1
 
 
 def test_a_file_that_holds_both_keeps_both() -> None:

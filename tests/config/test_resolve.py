@@ -47,6 +47,25 @@ def test_a_stage_is_decided_for_the_plugin_that_has_stages() -> None:
     assert [stage(plugin=name) for name in ("torch_ddp", "torch_ddp_fp16", "torch_fsdp")] == [None] * 3
 
 
+def test_placement_is_decided_for_the_plugin_that_has_one() -> None:
+    def placed(**options: object) -> list[object]:
+        plugin = resolve(merge(RunConfig(), options), CPU).plugin
+        shares = [plugin.offload_optim_frac, plugin.offload_param_frac, plugin.shard_param_frac]
+        return [plugin.placement, *shares, plugin.prefetch]
+
+    assert placed(plugin="gemini") == ["auto", None, None, None, 2]
+    assert placed(plugin="gemini", placement="auto", prefetch=0) == ["auto", None, None, None, 0]
+    assert placed(plugin="gemini", placement="static") == ["static", 0.0, 0.0, 1.0, 2]
+    assert placed(plugin="gemini", offload_optim_frac=0.5) == ["static", 0.5, 0.0, 1.0, 2]
+    assert placed(plugin="gemini", offload_param_frac=0.0) == ["static", 0.0, 0.0, 1.0, 2]
+    assert placed(plugin="gemini", shard_param_frac=0.25, prefetch=3) == ["static", 0.0, 0.0, 0.25, 3]
+    assert placed(plugin="torch_fsdp") == [None] * 5
+
+
+def test_a_cap_on_a_cpu_is_for_the_device_that_gemini_simulates() -> None:
+    assert resolve(merge(RunConfig(), {"plugin": "gemini", "mem_cap": 1.0}), CPU).plugin.mem_cap == 1.0
+
+
 @pytest.mark.parametrize("machine", [CPU, HOPPER, TURING])
 def test_the_plugin_that_says_fp16_in_its_name_computes_in_it(machine: MachineFacts) -> None:
     for given in ({}, {"precision": "fp16"}):
@@ -63,9 +82,11 @@ def test_what_shards_offloads_in_every_precision(plugin: str) -> None:
 
 
 def test_what_is_resolved_stays_as_it_is() -> None:
-    for name in ("torch_ddp", "torch_ddp_fp16", "torch_fsdp", "low_level_zero"):
+    for name in ("torch_ddp", "torch_ddp_fp16", "torch_fsdp", "low_level_zero", "gemini"):
         config = resolve(merge(RunConfig(), {"plugin": name}), HOPPER)
         assert resolve(config, HOPPER) == config
+    config = resolve(merge(RunConfig(), {"plugin": "gemini", "offload_param_frac": 0.5, "host_cap": 3.0}), HOPPER)
+    assert resolve(config, HOPPER) == config
 
 
 @pytest.mark.parametrize(
@@ -75,6 +96,19 @@ def test_what_is_resolved_stays_as_it_is() -> None:
         ({"zero_stage": 2, "plugin": "torch_fsdp"}, CPU, "and --plugin torch_fsdp has no stages: leave it out"),
         ({"cpu_offload": True}, CPU, "--cpu-offload is for --plugin low_level_zero or torch_fsdp, .*--no-cpu-offload"),
         ({"cpu_offload": True, "plugin": "torch_ddp_fp16"}, HOPPER, "--plugin torch_ddp_fp16 keeps all on the device"),
+        ({"zero_stage": 1, "plugin": "gemini"}, CPU, "--plugin gemini has no stages"),
+        ({"cpu_offload": True, "plugin": "gemini"}, CPU, "--cpu-offload is for --plugin low_level_zero or torch_fsdp"),
+        ({"placement": "auto"}, CPU, "--placement is for --plugin gemini, and --plugin torch_ddp has no such option"),
+        ({"prefetch": 1, "plugin": "low_level_zero"}, CPU, "--prefetch is for --plugin gemini"),
+        ({"prefetch": 0, "plugin": "low_level_zero"}, CPU, "--prefetch is for --plugin gemini"),
+        ({"offload_optim_frac": 0.0}, CPU, "--offload-optim-frac is for --plugin gemini"),
+        ({"shard_param_frac": 0.5, "plugin": "torch_fsdp"}, CPU, "--shard-param-frac is for --plugin gemini"),
+        ({"host_cap": 4.0}, CPU, "--host-cap is for --plugin gemini"),
+        (
+            {"plugin": "gemini", "placement": "auto", "offload_param_frac": 0.5},
+            CPU,
+            "--offload-param-frac is for --placement static: with auto the cap decides",
+        ),
         (
             {"plugin": "torch_ddp_fp16", "precision": "bf16"},
             HOPPER,

@@ -22,7 +22,6 @@ from albireo.plugins import GeminiPlugin, ModelWrapper, TorchDDPPlugin
 Run = Callable[..., list[Any]]
 
 AWAY = {"offload_optim_frac": 1.0, "offload_param_frac": 1.0}
-# Of one layout of chunks each, since sums over ranks are made in an order that depends on it.
 WAYS: dict[str, dict[str, Any]] = {
     "here": {"placement_policy": "static", "shard_param_frac": 0.0},
     "sharded": {"placement_policy": "static", "shard_param_frac": 1.0},
@@ -53,7 +52,10 @@ def cells_case(world: World, kind: str, precision: str, accumulate: int, ways: l
     found = {}
     for way in ways:
         with late_and_alone():
-            options: dict[str, Any] = {"precision": precision, "min_chunk_size_m": 1e-9}
+            options: dict[str, Any] = {"precision": precision}
+            if world.world_size > 2:
+                # One layout for all ways: sums over more than two ranks are made in an order that depends on it.
+                options["min_chunk_size_m"] = 1e-9
             plugin = plugin_of(way, kind, world, accumulate=accumulate, **options)
             result = everything(plugin, kind, world, accumulate=accumulate, clip=0.5)
         parts = "".join(f"{name}{data}" for name, data in sorted(result["left"].items()))
@@ -65,17 +67,15 @@ def cells_case(world: World, kind: str, precision: str, accumulate: int, ways: l
     ("world_size", "kind", "precision", "accumulate", "ways"),
     [
         (2, "opt", "fp32", 1, list(WAYS)),
-        (2, "opt", "bf16", 2, list(WAYS)),
-        (2, "side", "fp32", 2, list(WAYS)),
-        (2, "side", "fp16", 1, ["here", "sharded", "all away", "auto", "auto, little"]),
+        (2, "side", "bf16", 2, list(WAYS)),
+        (2, "side", "fp16", 1, ["here", "half of all", "all away", "auto, little"]),
         (2, "twice", "fp32", 1, ["here", "half of all", "auto, little"]),
-        (2, "frozen", "bf16", 1, ["here", "sharded", "all away", "auto", "auto, little"]),
+        (2, "frozen", "bf16", 1, ["here", "sharded", "all away", "auto, little"]),
         (2, "lora", "fp32", 2, ["here", "half of all", "all away"]),
         (2, "conv", "bf16", 1, ["here", "sharded", "all away"]),
         (2, "recomputed reentrant", "fp32", 2, ["here", "all away", "auto, little"]),
         (2, "tied blocks", "fp32", 1, ["here", "all away", "auto"]),
-        (4, "opt", "bf16", 1, list(WAYS)),
-        (4, "side", "fp32", 2, ["here", "half of all", "states away, sharded", "all away", "auto", "auto, little"]),
+        (4, "side", "bf16", 1, ["here", "half sharded", "half of all", "states away", "all away", "auto, no room"]),
     ],
     ids=lambda value: None if isinstance(value, list) else str(value),
 )
@@ -113,7 +113,7 @@ def _order(plugin: Any, model: ModelWrapper, order: dict[nn.Parameter, int]) -> 
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("kind", ["side", "opt"])
+@pytest.mark.parametrize("kind", ["side"])
 def test_it_is_torchs_own_plugin(run_case: Run, world_size: int, kind: str) -> None:
     results = run_case(plain_case, world_size, kind=kind, ways=["plain", "sharded", "all away", "auto"])
     for result in results:

@@ -86,7 +86,7 @@ def _check_plugin(config: RunConfig) -> None:
             f"torch_ddp --precision {chosen.precision}"
         )
     for name, owner in PLUGIN_OPTIONS.items():
-        if getattr(chosen, name) not in (None, 0.0) and chosen.plugin != owner:
+        if getattr(chosen, name) != getattr(PluginConfig, name) and chosen.plugin != owner:
             flag = "--" + name.replace("_", "-")
             lacks = "has no stages" if name == "zero_stage" else "has no such option"
             raise ConfigError(f"{flag} is for --plugin {owner}, and --plugin {chosen.plugin} {lacks}: leave it out")

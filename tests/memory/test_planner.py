@@ -1,0 +1,115 @@
+"""From sizes, limits and what the user says to a placement."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from albireo.errors import OutOfMemoryError
+from albireo.memory.budget import Use
+from albireo.memory.planner import MemoryLimits, PlacementPolicy, Planner
+from albireo.memory.sizes import ChunkSizes
+
+MB = 2**20
+# A root of 4 MB and four blocks of 8 MB in fp32.
+SIZES = [ChunkSizes(MB, 1, torch.float32, trained=True, is_root=True)] + [
+    ChunkSizes(2 * MB, 1, torch.float32, trained=True, is_root=False) for _ in range(4)
+]
+ORDERS = [[1], [2], [3], [4], [0]]
+TRACE = (
+    Use(frozenset({0}), 0, "forward"),
+    *(Use(frozenset({0, block}), 3 * MB, "forward") for block in (1, 2, 3, 4)),
+    Use(frozenset({0}), 0, "backward"),
+    *(Use(frozenset({0, block}), 3 * MB, "backward") for block in (4, 3, 2, 1)),
+    Use(frozenset(), 0, "step"),
+)
+
+
+def planner(
+    device: int | None = None, host: int | None = None, sizes: list[ChunkSizes] = SIZES, **policy: object
+) -> Planner:
+    return Planner(sizes, ORDERS, PlacementPolicy(**policy), MemoryLimits(device, host))  # type: ignore[arg-type]
+
+
+def test_a_first_step_has_the_root_here_and_all_states_on_the_host() -> None:
+    placement = planner().initial()
+    assert placement.resident == {0}
+    assert placement.states_on_device == set()
+    assert placement.fetches == ()
+
+
+def test_a_first_step_that_fits_is_not_refused_and_one_byte_less_is() -> None:
+    assert planner(12 * MB).initial().resident == {0}
+    with pytest.raises(
+        OutOfMemoryError, match=r"a first step takes at least 0\.02 GB of device memory.* raise --mem-cap"
+    ):
+        planner(12 * MB - 1).initial()
+
+
+def test_a_host_without_room_for_states_has_them_on_the_device_or_refuses() -> None:
+    # On the host a block takes 8 of weights, 16 of states, 8 of gradients; on the device 16 and 8, and its home is here.
+    whole = 32 * 4 + 16
+    assert planner(None, whole * MB).initial().states_on_device == set()
+    some = planner(None, (whole - 30) * MB).initial()
+    assert some.states_on_device == {0, 1}
+    assert planner(12 * MB, whole * MB).initial()
+    with pytest.raises(OutOfMemoryError, match=r"of device memory"):
+        planner(12 * MB, (whole - 30) * MB).initial()
+    with pytest.raises(OutOfMemoryError, match=r"at least 0\.04 GB of host memory.* raise --host-cap"):
+        planner(None, 31 * MB).initial()
+
+
+def test_static_is_decided_at_once_and_stays() -> None:
+    plan = planner(kind="static", offload_optim_frac=0.5, offload_param_frac=1.0)
+    first = plan.initial()
+    assert first.resident == set()
+    assert first.states_on_device in ({0, 1}, {0, 1, 2})
+    later = plan.place(TRACE, accumulates=False)
+    assert (later.resident, later.states_on_device) == (first.resident, first.states_on_device)
+
+
+def test_one_rank_shards_nothing() -> None:
+    for share in (0.0, 0.5, 1.0):
+        assert planner(kind="static", shard_param_frac=share).initial().resident == {0, 1, 2, 3, 4}
+    halves = [ChunkSizes(s.numel, 2, s.dtype, s.trained, s.is_root) for s in SIZES]
+    assert planner(sizes=halves, kind="static", shard_param_frac=1.0).initial().resident == set()
+    assert planner(sizes=halves, kind="static", shard_param_frac=0.0).initial().resident == {0, 1, 2, 3, 4}
+
+
+def test_without_a_bound_everything_is_on_the_device() -> None:
+    placement = planner().place(TRACE, accumulates=False)
+    assert placement.resident == placement.states_on_device == {0, 1, 2, 3, 4}
+    assert placement.traffic_bytes == 0
+
+
+@pytest.mark.parametrize("device", [15, 20, 40, 80, 150])
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_placement_keeps_to_the_limits(device: int, accumulates: bool) -> None:
+    placement = planner(device * MB).place(TRACE, accumulates=accumulates)
+    assert placement.device_bytes <= device * MB
+
+
+def test_a_step_that_takes_more_than_there_is_is_refused_with_the_least() -> None:
+    with pytest.raises(OutOfMemoryError) as refused:
+        planner(15 * MB - 1).place(TRACE, accumulates=False)
+    found = re.search(r"at least ([\d.]+) GB of device memory", str(refused.value))
+    assert found is not None
+    assert planner(int(float(found[1]) * 2**30)).place(TRACE, accumulates=False).device_bytes <= 0.02 * 2**30
+
+
+def test_a_larger_batch_has_larger_activations() -> None:
+    trace = planner().scaled((Use(frozenset({0}), 101, "forward"), Use(frozenset(), 10, "step")), 1.5)
+    assert [use.other_bytes for use in trace] == [152, 15]
+    assert [use.chunks for use in trace] == [{0}, set()]
+
+
+def test_it_says_what_it_decided_in_a_line() -> None:
+    plan = planner()
+    line = plan.describe(plan.place(TRACE, accumulates=False))
+    assert line.startswith("placement  auto: weights of 5 of 5 chunks stay on the device, states of 5 of 5; ")
+    assert "\n" not in line
+    frozen = [SIZES[0], *(ChunkSizes(2 * MB, 1, torch.float32, trained=False, is_root=False) for _ in range(4))]
+    plan = planner(sizes=frozen, kind="static", offload_param_frac=1.0)
+    assert "static: weights of 0 of 5 chunks stay on the device, states of 1 of 1;" in plan.describe(plan.initial())
