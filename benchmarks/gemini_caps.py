@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 _GB = 2**30
+# As `albireo train` sets it where nobody else has.
+_ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
 
 
 def main() -> None:
@@ -58,7 +61,7 @@ def _measure(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
             "batch_size": arguments.batch_size, "precision": arguments.precision, "steps": arguments.steps,
             "warmup": arguments.warmup, "sequence_length": arguments.sequence_length, "folder": folder,
         }  # fmt: skip
-        child = subprocess.Popen([sys.executable, __file__, "--child", json.dumps(wanted)])
+        child = subprocess.Popen([sys.executable, __file__, "--child", json.dumps(wanted)], env=_ENVIRONMENT)
         driver = _DriverPeak()
         try:
             child.wait(timeout=arguments.timeout_seconds)
@@ -78,7 +81,8 @@ def _run_child(wanted: dict[str, Any]) -> None:
     try:
         result = _ours(wanted) if wanted["system"] in OURS else _reference(wanted)
     except AlbireoError as error:
-        result = {"error": str(error)}
+        result = {"error": str(error), "cause": str(error.__cause__)}
+        print(result["cause"], flush=True)
     (Path(wanted["folder"]) / "result.json").write_text(json.dumps(result))
 
 

@@ -45,11 +45,12 @@ from albireo.models import enable_activation_checkpointing
 from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
 from albireo.plugins import make_plugin
 from albireo.training.causal_lm import CausalLanguageModel, inputs_of
+from albireo.training.language_data import LanguageData
 from albireo.training.language_model import LanguageModelPlan, plan_language_model
 from albireo.training.plan import plan_run
 from albireo.training.progress import Progress
+from albireo.training.recipes.opt.data import load_run_data
 from albireo.training.start import resolved_config
-from albireo.training.text import RunData, load_run_data
 
 _REORDERED_RUNS = 2
 _ALLOWED = 3.0
@@ -106,7 +107,7 @@ def judge(plain: _Array, pieces: _Array, others: Sequence[_Array], rounding: flo
 
 
 def train(
-    config: RunConfig, planned: LanguageModelPlan, data: RunData, world: World, *, form: str, order: int = 0
+    config: RunConfig, planned: LanguageModelPlan, data: LanguageData, world: World, *, form: str, order: int = 0
 ) -> _Array:
     """Train once, and return the loss of every step.
 
@@ -118,7 +119,7 @@ def train(
         form: "pieces", "plain", or "wider" for plain in the next wider dtype.
         order: which order the rows of a batch have; 0 is the usual one.
     """
-    pretrained, _ = planned.build(data.tokenizer, config, world.device)
+    pretrained, _ = planned.build(data, config, world.device)
     plugin = config.plugin
     model: nn.Module = pretrained
     if form == "pieces":
@@ -151,7 +152,7 @@ def train(
     return np.array(torch.stack(losses).tolist(), dtype=np.float64)
 
 
-def _batches(config: RunConfig, data: RunData, order: int) -> Iterator[Batch]:
+def _batches(config: RunConfig, data: LanguageData, order: int) -> Iterator[Batch]:
     """Yield the batch of each step, its rows in the order that is asked for."""
     size = config.optimizer.batch_size or 1
     layout = BatchLayout(batch_size=size, accumulate=1, rank=0, world_size=1)

@@ -4,5 +4,5 @@
 set -euo pipefail
 case "${1:-}" in -h | --help) sed -n '2,3s/^# *//p' "$0" && exit ;; esac
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh" ""
-exec albireo train opt --data synthetic --init random --checkpointing \
+exec albireo train opt --plugin gemini --data synthetic --init random --checkpointing \
     --batch-size "${1:-16}" --mem-cap "${2:-0}" --model "${3:-125m}" --gpus "${4:-1}" "${@:5}"

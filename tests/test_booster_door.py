@@ -262,8 +262,6 @@ def test_what_train_step_cannot_use_is_named() -> None:
         (lambda: Booster(device="cuda:77"), "not on cuda:77"),
         (lambda: Booster().no_sync(), r"booster.no_sync\(model\)"),
         (lambda: Booster().execute_pipeline(iter([]), None, None, return_loss=True), "booster.train_step"),
-        (lambda: Booster().enable_lora(None), "peft.get_peft_model"),
-        (lambda: Booster().save_lora_as_pretrained(None, "x"), "save_pretrained"),
     ],
 )
 def test_what_is_not_there_is_refused_with_an_alternative(build: Callable[[], Any], said: str) -> None:

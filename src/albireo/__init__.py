@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from albireo.distributed.from_torch import launch
     from albireo.models import LazyInitContext
     from albireo.optim import HybridAdam
-    from albireo.plugins import LowLevelZeroPlugin, TorchDDPPlugin, TorchFSDPPlugin
+    from albireo.plugins import GeminiPlugin, LowLevelZeroPlugin, TorchDDPPlugin, TorchFSDPPlugin
 
 __all__ = [
     "Booster",
     "DistCoordinator",
+    "GeminiPlugin",
     "HybridAdam",
     "LazyInitContext",
     "LowLevelZeroPlugin",
@@ -36,6 +37,7 @@ _HOMES = MappingProxyType(
     {
         "Booster": "albireo.booster",
         "DistCoordinator": "albireo.distributed",
+        "GeminiPlugin": "albireo.plugins",
         "HybridAdam": "albireo.optim",
         "LazyInitContext": "albireo.models",
         "LowLevelZeroPlugin": "albireo.plugins",

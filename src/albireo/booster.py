@@ -17,6 +17,7 @@ from albireo.models import lazy_source_of
 from albireo.ops import count_terms, sum_of_loss
 from albireo.optim import OptimizerWrapper
 from albireo.plugins import Criterion, ModelWrapper, Plugin, TorchDDPPlugin
+from albireo.plugins.lora_door import LoraDoor
 from albireo.plugins.state_door import StateDoor
 from albireo.sharding.weight_source import WeightSource
 
@@ -45,8 +46,8 @@ class StepOutput:
         return self.loss_sum / max(self.tokens, 1)
 
 
-class Booster(StateDoor):
-    """Trains a model with a plugin; saves and loads it, see `StateDoor`.
+class Booster(StateDoor, LoraDoor):
+    """Trains a model with a plugin; saves and loads it, see `StateDoor`, and knows adapters, see `LoraDoor`.
 
     Args:
         device: what to compute on; the rank's own device if None.
@@ -181,22 +182,6 @@ class Booster(StateDoor):
             "forward, backward, clip and step for every plugin"
         )
 
-    def enable_lora(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refuse: adapters are not there yet.
-
-        Raises:
-            ConfigError: always; it says what to do.
-        """
-        raise ConfigError("enable_lora is not there yet: give boost a model that peft.get_peft_model has made")
-
-    def save_lora_as_pretrained(self, *_args: Any, **_kwargs: Any) -> NoReturn:
-        """Refuse: adapters are not there yet.
-
-        Raises:
-            ConfigError: always; it says what to do.
-        """
-        raise ConfigError("save_lora_as_pretrained is not there yet: call model.unwrap().save_pretrained(folder)")
-
     def train_step(
         self,
         model: ModelWrapper,
@@ -243,18 +228,24 @@ class Booster(StateDoor):
             for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
                 with nullcontext() if index == last else self.plugin.accumulation_context(model):
                     loss_sum = _loss_sum(model, self._to_device(batch), count)
+                    if index == last:
+                        optimizer.expect_step(max_norm)
                     self.backward(loss_sum * factor, optimizer)
                 sums.append(loss_sum.detach())
         except BaseException:
             # What was added up so far must not go into the next step of a caller who takes a smaller batch instead.
             optimizer.abandon_step()
             raise
-        if observe is not None:
-            observe("reduced")
-        norm = optimizer.clip_grad_by_norm(max_norm)
-        if observe is not None:
-            observe("clipped")
-        optimizer.step()
+        try:
+            if observe is not None:
+                observe("reduced")
+            norm = optimizer.clip_grad_by_norm(max_norm)
+            if observe is not None:
+                observe("clipped")
+            optimizer.step()
+        except BaseException:
+            optimizer.abandon_step(reduced=True)
+            raise
         if lr_scheduler is not None:
             lr_scheduler.step()
         optimizer.zero_grad()

@@ -31,8 +31,8 @@ def test_a_small_measurement(train_server: TrainServer, tmp_path: Path) -> None:
     assert failed["status"] == "failed"
     assert "'nosuch'" in failed["error"]
     assert failed["step_seconds"] is None
-    assert "plain tiny batch 2 fp32: ok" in ended.output
-    assert "plain nosuch batch 2 fp32: failed" in ended.output
+    assert "plain opt tiny batch 2 fp32: ok" in ended.output
+    assert "plain opt nosuch batch 2 fp32: failed" in ended.output
     assert str(tmp_path / "bench" / "bench.json") in ended.output.splitlines()[-1]
 
 
@@ -49,6 +49,7 @@ def test_a_small_measurement(train_server: TrainServer, tmp_path: Path) -> None:
         ("--steps 0", ("--steps", "0")),
         ("--warmup 0", ("--warmup", "0")),
         ("--rounds 0", ("--rounds", "0")),
+        ("--adapters qlora", ("--adapters knows none, lora, not 'qlora'",)),
         ("--rounds many", ("--rounds", "many")),
         ("--output ''", ("--output is empty",)),
         ("--modles tiny", ("--modles", "--models", "albireo bench opt --help")),

@@ -23,7 +23,9 @@ LAPTOP = MachineFacts(
     has_gloo=True,
     compiler=None,
 )
-SERVER = replace(LAPTOP, torch="2.13.0", datasets="5.0.0", triton="3.6.0", cuda="13.0", driver="580.1", nccl="2.29.0")
+SERVER = replace(
+    LAPTOP, torch="2.13.0", datasets="5.0.0", peft="0.20.0", triton="3.6.0", cuda="13.0", driver="580.1", nccl="2.29.0"
+)
 GPU = GpuFacts(0, "H200", 2**37, 2**37, "9.0", has_native_bf16=True)
 GLOO = AllReduceCheck("gloo", 2, ok=True, why="", start_seconds=2.0, bytes_per_second=1e9)
 NCCL = replace(GLOO, backend="nccl")
@@ -50,6 +52,7 @@ def test_a_laptop_trains_and_what_it_lacks_is_no_fault() -> None:
         "several GPUs": "missing",
         "--compile": "missing",
         "models": "ok",
+        "adapters": "missing",
         "data sets of the hub": "missing",
         "hub reachable": "skipped",
     }

@@ -14,10 +14,15 @@ from train_server import TrainServer
 
 from albireo import __version__
 from albireo.cli.main import cli, main
-from albireo.config import OptionInfo, RunConfig
+from albireo.cli.options import given_options
+from albireo.config import RECIPE_SECTIONS, OptionInfo, RunConfig
 from albireo.training.plan import plan_run
 
 OPTIONS = {info.name: info for info in RunConfig.options()}
+# What only the other recipe has.
+MORE = {info.name: info for info in RunConfig.options("gpt2") if info.name not in OPTIONS}
+
+SHARES = ("offload_optim_frac", "offload_param_frac", "shard_param_frac")
 
 # What has to be given beside an option so that it may be changed at all, and what else changes with it.
 BESIDE = {
@@ -25,18 +30,18 @@ BESIDE = {
     "text_field": ["--data", "a/b"],
     "zero_stage": ["--plugin", "low_level_zero"],
     "cpu_offload": ["--plugin", "low_level_zero"],
-    "placement": ["--plugin", "gemini"],
-    "offload_optim_frac": ["--plugin", "gemini", "--placement", "static"],
-    "offload_param_frac": ["--plugin", "gemini", "--placement", "static"],
-    "shard_param_frac": ["--plugin", "gemini", "--placement", "static"],
-    "prefetch": ["--plugin", "gemini"],
-    "host_cap": ["--plugin", "gemini"],
+    **{key: ["--plugin", "gemini"] for key in ("placement", "prefetch", "host_cap", "mem_cap")},
+    **{key: ["--plugin", "gemini", "--placement", "static"] for key in SHARES},
+    **{key: ["--adapter", "lora"] for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")},
+    "max_malformed": ["--data", "a/b"],
 }
 FOLLOWS = {
     "model": {"init", "sequence_length", "learning_rate", "epochs"},
     "steps": {"epochs"},
     "plugin": {"precision"},
-    "placement": {"offload_optim_frac", "offload_param_frac", "shard_param_frac"},
+    "placement": {*SHARES},
+    "adapter": {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"},
+    "lora_rank": {"lora_alpha"},
 }
 
 
@@ -91,9 +96,9 @@ def test_help_has_an_example_that_parses(words: tuple[str, ...], capsys: pytest.
             continue
         assert not isinstance(command, click.Group), example
         context = command.make_context(arguments[0], list(rest))
-        if command_of(["train", "opt"])[0] is command:
-            options = {name: value for name, value in context.params.items() if name in OPTIONS and value is not None}
-            plan_run(recipe="opt", options=options)
+        for recipe in RECIPE_SECTIONS:
+            if command_of(["train", recipe])[0] is command:
+                plan_run(recipe=recipe, options=given_options(recipe, context.params))
 
 
 def test_the_version_is_the_packages(train_server: TrainServer) -> None:
@@ -101,15 +106,15 @@ def test_the_version_is_the_packages(train_server: TrainServer) -> None:
     assert (ended.code, ended.output.split()[-1]) == (0, __version__)
 
 
-@pytest.mark.parametrize("words", [[], ["train"], ["bench"]])
+@pytest.mark.parametrize("words", [[], ["train"], ["bench"], ["checkpoint"]])
 def test_a_command_that_is_not_whole_shows_help_and_is_no_success(train_server: TrainServer, words: list[str]) -> None:
     ended = train_server.run(words)
     assert (ended.code, ended.output) == (2, "")
     assert "Usage: albireo" in ended.errors
 
 
-def printed(server: TrainServer, *flags: str) -> dict[str, Any]:
-    ended = server.run(["train", "opt", "--print-config", *flags])
+def printed(server: TrainServer, *flags: str, recipe: str = "opt") -> dict[str, Any]:
+    ended = server.run(["train", recipe, "--print-config", *flags])
     assert (ended.code, ended.errors) == (0, ""), ended
     config: dict[str, Any] = json.loads(ended.output)
     return config
@@ -147,19 +152,18 @@ def test_the_printed_configuration_has_every_option(train_server: TrainServer) -
     assert flat(config).keys() == OPTIONS.keys()
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*OPTIONS, *MORE])
 def test_every_flag_changes_its_option_and_no_other(train_server: TrainServer, name: str) -> None:
-    info = OPTIONS[name]
-    if name == "mem_cap" and not torch.cuda.is_available():
-        pytest.skip("there is no GPU whose memory could be bounded")
+    recipe = "opt" if name in OPTIONS else "gpt2"
+    info = {**OPTIONS, **MORE}[name]
     if name == "gpus" and torch.cuda.device_count() == 1:
         pytest.skip("there is one GPU, and no more can be asked for")
     beside = BESIDE.get(name, [])
-    before = flat(printed(train_server, *beside))
+    before = flat(printed(train_server, *beside, recipe=recipe))
     value = another_value(info, before[name])
     if value is None:
         pytest.skip(f"{info.flag} has one value only: {before[name]}")
-    after = flat(printed(train_server, *beside, *flags_for(info, value)))
+    after = flat(printed(train_server, *beside, *flags_for(info, value), recipe=recipe))
     assert after[name] == value
     changed = {other for other in after if after[other] != before[other]}
     assert {name} <= changed <= {name, *FOLLOWS.get(name, set())}
@@ -170,6 +174,16 @@ def test_what_is_printed_can_be_given_back(train_server: TrainServer, tmp_path: 
     config = printed(train_server, *flags.split())
     (tmp_path / "mine.json").write_text(json.dumps(config))
     assert printed(train_server, "--config", str(tmp_path / "mine.json")) == config
+
+
+def test_one_recipes_configuration_is_not_anothers(train_server: TrainServer, tmp_path: Path) -> None:
+    config = printed(train_server, recipe="gpt2")
+    assert (config["recipe"], config["model"]["model"], config["data"]["bucket"]) == ("gpt2", "124m", 8)
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    assert printed(train_server, "--config", str(tmp_path / "mine.json"), recipe="gpt2") == config
+    ended = train_server.run(["train", "opt", "--print-config", "--config", str(tmp_path / "mine.json")])
+    assert (ended.code, ended.output) == (2, "")
+    assert "is for the recipe 'gpt2', and this is 'opt'" in ended.errors
 
 
 def test_defaults_that_are_given_back_are_the_defaults(train_server: TrainServer, tmp_path: Path) -> None:

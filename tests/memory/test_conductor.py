@@ -194,11 +194,11 @@ def test_a_gradient_whose_weights_are_away_is_an_error() -> None:
     watched = Watched(max_prefetch=0)
     block = watched.model.unwrap().blocks[1]
     with pytest.raises(RuntimeError, match=r"backward of blocks\.1 has run while its weights were away"):
-        watched.conductor.gradient_taken(block.up.weight)
+        watched.conductor.gradient_came(watched.chunks[2], block.up.weight)
     # Under way is not there.
     watched.conductor._manager.begin(watched.chunks[2])
     with pytest.raises(RuntimeError, match="away"):
-        watched.conductor.gradient_taken(block.up.weight)
+        watched.conductor.gradient_came(watched.chunks[2], block.up.weight)
 
 
 def test_fetching_ahead_takes_no_room_that_is_not_there() -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from albireo.device.lanes import ImmediateLane
+from albireo.device.lanes import Arrival, ImmediateLane
 from albireo.device.pool import SimulatedPool
 from albireo.distributed import World
 from albireo.errors import OutOfMemoryError
 from albireo.memory.chunk import Chunk
-from albireo.memory.host_steps import HostSteps
+from albireo.memory.host_steps import HostSteps, SentGradient
 from albireo.memory.placement import Placement
 from albireo.memory.sizes import ChunkSizes
 from albireo.memory.tensors import StatefulTensorManager, places_of
@@ -214,6 +214,23 @@ def test_where_parts_are_to_be(
     assert places_of(sizes, resident=resident, on_device=on_device) == wanted
 
 
+class Told(Arrival):
+    """Comes when it is waited for."""
+
+    def __init__(self, ready: Callable[[], object]) -> None:
+        self.ready = ready
+
+    def wait(self) -> None:
+        self.ready()
+
+    def synchronize(self) -> None:
+        self.ready()
+
+    @property
+    def has_run(self) -> bool:
+        return False
+
+
 class Stepping:
     """Chunks whose states are on the host, and what steps them beside."""
 
@@ -223,13 +240,16 @@ class Stepping:
         self.stepper = HostStepper(self.optimizer, threads=1, compiled=False)
         self.manager.host_steps = HostSteps(self.stepper, self.manager._pool.to_device)
 
-    def begin(self, ready: Callable[[], object] | None = None, without: Sequence[int] = ()) -> None:
-        def gradient(fragment: Fragment) -> tuple[torch.Tensor, Callable[[], object] | None] | None:
+    def begin(self, ready: Callable[[], object] = lambda: None, without: Sequence[int] = ()) -> None:
+        def gradient(fragment: Fragment) -> SentGradient | None:
             numbers = [c.number for c in self.manager.chunks if fragment in c.fragments]
-            return None if numbers[0] in without else (torch.ones(NUMEL), ready)
+            return None if numbers[0] in without else (torch.ones(NUMEL), Told(ready))
 
         assert self.manager.host_steps is not None
-        self.manager.host_steps.begin(self.manager.chunks, gradient, 1.0, self.manager.stale)
+        self.manager.host_steps.open(1.0, fenced=True)
+        for chunk in self.manager.chunks:
+            self.manager.host_steps.hand_over(chunk, gradient, self.manager.stale)
+        self.manager.host_steps.seal()
 
 
 @pytest.fixture
@@ -270,7 +290,9 @@ def test_new_weights_go_to_what_is_resident_once_the_whole_chunk_is_stepped() ->
     stepper = HostStepper(optimizer, threads=1, compiled=False)
     manager.host_steps = HostSteps(stepper, ImmediateLane())
     for _ in range(2):
-        manager.host_steps.begin([chunk], lambda _: (torch.ones(NUMEL), None), 1.0, manager.stale)
+        manager.host_steps.open(1.0, fenced=True)
+        manager.host_steps.hand_over(chunk, lambda _: (torch.ones(NUMEL), Told(lambda: None)), manager.stale)
+        manager.host_steps.seal()
         manager.flush()
         for fragment, weight in zip(chunk.fragments, chunk.parameters, strict=True):
             assert torch.equal(weight.detach(), fragment.master.detach().to(torch.bfloat16))
@@ -311,6 +333,7 @@ def test_what_stops_the_stepper_is_raised_where_it_is_waited_for(then: str) -> N
     manager = stepping.manager
     with pytest.raises(ValueError, match="planted"):
         {"begin": lambda: manager.begin(manager.chunks[0]), "use": lambda: manager.use(manager.chunks[2]), "flush": manager.flush}[then]()  # fmt: skip
-    with pytest.raises(RuntimeError, match=r"half stepped"):
-        stepping.stepper.open()
+    # Nor does another step begin.
+    with pytest.raises((ValueError, RuntimeError), match=r"planted|half stepped"):
+        stepping.begin()
     stepping.stepper.close()

@@ -60,7 +60,7 @@ def test_a_folder_cannot_choose_its_own_attention_or_code(folder: Path) -> None:
     assert not hasattr(config, "auto_map")
 
 
-@pytest.mark.parametrize("name", ["7b", "", "no/such/folder", "/no/such/folder", "gpt2", "a b/c", "opt-9b"])
+@pytest.mark.parametrize("name", ["7b", "", "no/such/folder", "/no/such/folder", "gpt-3", "a b/c", "opt-9b"])
 def test_an_unknown_name_lists_the_sizes(name: str) -> None:
     with pytest.raises(ModelError, match=r"there is no model '.*': expected one of tiny, 125m, .* or a hub id"):
         resolve_model(name)

@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from albireo.errors import ModelError
-from albireo.models import build_model, compile_blocks, configure_model, resolve_model
+from albireo.models import GPT2, build_model, compile_blocks, configure_model, resolve_model
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 
@@ -66,3 +67,22 @@ def test_without_a_compiler_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(choice, config, init="random", seed=1)
     with pytest.raises(ModelError, match=r"needs a C\+\+ compiler"):
         compile_blocks(model, choice.family)
+
+
+@pytest.mark.parametrize(("ragged", "dynamic"), [(True, True), (False, None)])
+def test_batches_of_many_shapes_are_compiled_for_once(
+    monkeypatch: pytest.MonkeyPatch, ragged: bool, dynamic: bool | None
+) -> None:
+    """Without being told, torch compiles for the first shape, and at the second one for all."""
+    asked = []
+
+    def note(function: Any, **options: Any) -> Any:
+        asked.append(options)
+        return function
+
+    monkeypatch.setattr("torch.compile", note)
+    monkeypatch.setattr("shutil.which", lambda _: "/usr/bin/cc")
+    choice = resolve_model("tiny", GPT2)
+    model = build_model(choice, choice.config(), init="random", seed=0)
+    assert compile_blocks(model, GPT2, ragged=ragged) == 2
+    assert asked == [{"dynamic": dynamic}] * 2

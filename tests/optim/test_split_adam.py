@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,3 +25,15 @@ def test_each_chunk_of_each_tensor_has_one_program(numels: list[int]) -> None:
 
 def test_no_kernel_steps_on_a_cpu() -> None:
     assert not SplitAdam.can_step(HybridAdam([nn.Parameter(torch.ones(4))]), torch.device("cpu"))
+
+
+def test_a_decay_in_the_gradient_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "triton_runs_on", lambda _: True)
+
+    def can_step(*groups: dict[str, float], adamw_mode: bool) -> bool:
+        parameters = [{"params": [nn.Parameter(torch.ones(4))], **group} for group in groups]
+        return SplitAdam.can_step(HybridAdam(parameters, adamw_mode=adamw_mode), torch.device("cpu"))
+
+    assert can_step({"weight_decay": 0.1}, {"weight_decay": 0.0}, adamw_mode=True)
+    assert can_step({"weight_decay": 0.0}, adamw_mode=False)
+    assert not can_step({"weight_decay": 0.0}, {"weight_decay": 0.1}, adamw_mode=False)

@@ -79,8 +79,8 @@ def test_nothing_is_installed_twice_whatever_is_run_in_between(copy: Copy) -> No
 
 
 DEFAULTS = {
-    "run_clm.sh": "--data wikitext/wikitext-2-raw-v1 --checkpointing --batch-size 16 --mem-cap 0 --model 6.7b --gpus 1",
-    "run_clm_synthetic.sh": "--data synthetic --init random --checkpointing --batch-size 16 --mem-cap 0 --model 125m --gpus 1",
+    "run_clm.sh": "--plugin gemini --data wikitext/wikitext-2-raw-v1 --checkpointing --batch-size 16 --mem-cap 0 --model 6.7b --gpus 1",
+    "run_clm_synthetic.sh": "--plugin gemini --data synthetic --init random --checkpointing --batch-size 16 --mem-cap 0 --model 125m --gpus 1",
 }
 
 

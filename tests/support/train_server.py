@@ -127,6 +127,7 @@ def _count_operations(crash_at: int | None, operations: str | None) -> None:
 def _serve() -> None:
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
+    import transformers.models.gpt2.modeling_gpt2
     import transformers.models.opt.modeling_opt  # noqa: F401
 
     import albireo.bench.report

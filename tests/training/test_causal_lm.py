@@ -7,10 +7,10 @@ import torch
 from tiny_models import small_opt
 from transformers import OPTForCausalLM
 
+from albireo.checkpoint import tensor_names
 from albireo.data import Batch
 from albireo.models import OPT
 from albireo.training.causal_lm import CausalLanguageModel, inputs_of
-from albireo.training.saving import tensor_names
 
 
 def make(*, tied: bool = True, post_norm: bool = False) -> OPTForCausalLM:

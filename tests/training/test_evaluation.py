@@ -137,23 +137,22 @@ def test_weights_that_are_no_numbers_give_a_loss_that_is_none() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_batches_are_pinned_for_a_gpu_alone(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def test_batches_are_pinned_for_a_gpu_alone(device: str) -> None:
     pinned = []
 
-    def batches(*_: Any, pin_memory: bool = False) -> list[Batch]:
-        pinned.append(pin_memory)
+    def batches(*_: Any, pin: bool) -> list[Batch]:
+        pinned.append(pin)
         return []
 
-    monkeypatch.setattr("albireo.training.session.evaluation_batches", batches)
-    monkeypatch.setattr("albireo.training.session.evaluate", lambda *_: 1.0)
     nothing = SimpleNamespace(drain=lambda: None, start_clock=lambda: None, evaluation=lambda *_: None)
     session: Any = SimpleNamespace(
         config=SimpleNamespace(schedule=SimpleNamespace(eval_every=1)),
+        recipe=SimpleNamespace(evaluate=lambda *_: 1.0),
         _evaluated_step=-1,
         step=0,
         recorder=nothing,
         layout=SimpleNamespace(batch_size=2),
-        data=SimpleNamespace(held_out=None),
+        data=SimpleNamespace(evaluation=batches),
         world=World(0, 1, 0, torch.device(device)),
         model=None,
     )

@@ -311,7 +311,7 @@ def finishing_case(world: World, *, folder: str, options: dict[str, Any]) -> lis
             pytest.MonkeyPatch.context() as patch,
             open_session(config_of(options), RunFolder(path, is_new=False), world) as session,
         ):
-            patch.setattr("albireo.training.session.replace_folder", writing_model)
+            patch.setattr("albireo.training.exporting.replace_folder", writing_model)
             report = session._report
             patch.setattr(session, "_report", lambda status: (wrote.append("report"), report(status)))
             session.progress.start_training(1, 7)

@@ -106,6 +106,13 @@ def test_a_refusal_names_what_would_fit(
         assert words in str(raised.value)
 
 
+def test_what_is_frozen_needs_no_gradient_and_no_states() -> None:
+    """1% trained: 4 bytes of weights each, and 12 more for one in a hundred."""
+    check_states_fit(10**6, available_bytes=4_120_000, where="there is", config=config_of(), trained=10**4)
+    with pytest.raises(OutOfMemoryError, match=r"4\.12 bytes for each of 1,000,000 parameters"):
+        check_states_fit(10**6, available_bytes=4_119_999, where="there is", config=config_of(), trained=10**4)
+
+
 def test_memory_that_runs_out_at_the_start_is_counted_for_the_plugin() -> None:
     error = explain_out_of_memory_at_start(GB, config_of(**OFFLOADED), where="NVIDIA H200", memory="host")
     assert "low_level_zero --cpu-offload takes 16.0 GB" in str(error)

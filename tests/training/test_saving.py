@@ -12,7 +12,7 @@ import torch
 from tiny_models import small_opt
 
 from albireo.booster import Booster
-from albireo.checkpoint import OneRank, Snapshot, open_checkpoint, save_checkpoint, whole
+from albireo.checkpoint import OneRank, Snapshot, open_checkpoint, save_checkpoint, tensor_names, whole
 from albireo.device import capture_random_state, restore_random_state, seed_everything
 from albireo.distributed import World
 from albireo.errors import CheckpointError
@@ -21,7 +21,7 @@ from albireo.models import OPT
 from albireo.optim import adamw, decay_groups, scheduler_for
 from albireo.plugins import TorchDDPPlugin
 from albireo.training.causal_lm import CausalLanguageModel
-from albireo.training.saving import Position, RunState, tensor_names
+from albireo.training.saving import Position, RunState
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, 0, CPU)

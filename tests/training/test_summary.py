@@ -9,6 +9,7 @@ import math
 
 import pytest
 
+from albireo.device import PeakReading
 from albireo.training.metrics import EvalRow, TrainRow
 from albireo.training.run_folder import RunFolder
 from albireo.training.summary import RunFacts, print_summary, summarise
@@ -65,6 +66,7 @@ def test_summary_of_a_run(summary):
         "status": "finished",
         "model": "opt-tiny",
         "parameters": 954_880,
+        "trained_parameters": 954_880,
         "plugin": "torch_ddp",
         "precision": "fp32",
         "device": "cpu",
@@ -85,6 +87,9 @@ def test_summary_of_a_run(summary):
         "total_seconds": 65.2,
         "device_peak_bytes": 2**30 + 60,
         "host_peak_bytes": 2 * 2**30 - 1,
+        "memory_before": None,
+        "memory_after": None,
+        "device_reserved_peak_bytes": 0,
         "loss_plot_path": "loss.png",
         "model_path": "model",
     }
@@ -189,3 +194,39 @@ def test_a_terminal_gets_colour_and_the_same_words(summary, folder, monkeypatch)
 
 def test_names_that_look_like_markup_are_printed_as_they_are(summary, folder):
     assert "[red]m[/red], 955K" in printed({**summary, "model": "[red]m[/red]"}, folder)
+
+
+ADAPTED = dataclasses.replace(
+    FACTS,
+    trained_parameters=9_549,
+    memory_before=PeakReading(2**30, 3 * 2**30, 4 * 2**30, 0, device_reserved_bytes=2 * 2**30, host_bytes=2**29),
+    memory_after=PeakReading(2**29, 3 * 2**30, 4 * 2**30, 0, device_reserved_bytes=4 * 2**30, host_bytes=2**30),
+)
+
+
+def test_an_adapter_s_run_says_what_is_trained_and_what_it_takes(folder):
+    folder.adapter_path.mkdir()
+    (folder.adapter_path / "adapter_model.safetensors").write_bytes(b"x" * 2**20)
+    summary = summarise([train_row(1, 5.0)], [], ADAPTED, folder)
+    assert (summary["parameters"], summary["trained_parameters"]) == (954_880, 9_549)
+    assert (summary["adapter_path"], summary["adapter_bytes"]) == ("adapter", 2**20)
+    assert "model_path" not in summary
+    folder.write_summary(summary)
+    text = printed(summary, folder)
+    for line in (
+        "trained                9,549 of 954,880 parameters (1.0000%)",
+        "device memory, before  1.00 GB allocated, 2.00 GB reserved",
+        "device memory, after   512 MB allocated, 4.00 GB reserved",
+        "device memory, peak    1.00 GB allocated, 4.00 GB reserved",
+        "adapter file           1.00 MB",
+        f"adapter    {folder.adapter_path}",
+    ):
+        assert f"{line}\n" in text, text
+
+
+def test_on_a_cpu_memory_is_the_hosts(folder):
+    rows = [dataclasses.replace(train_row(1, 5.0), device_peak_bytes=0)]
+    text = printed(summarise(rows, [], ADAPTED, folder), folder)
+    assert "host memory, before  512 MB\n" in text
+    assert "host memory, after   1.00 GB\n" in text
+    assert "device" not in text

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from albireo.optim import HybridAdam
-from albireo.verify.replay import Mismatch, Replay, Stepped, compare_bits
+from albireo.verify.replay import Mismatch, Replay, Stepped, compare_bits, subtraction_scale
 
 CPU = torch.device("cpu")
 floats = st.floats(width=32, allow_nan=False)
@@ -96,3 +96,45 @@ def test_what_is_stepped_in_pieces_is_replayed_in_pieces(cut: int) -> None:
             found = torch.cat([optimizer.state[part][name] for part in parts])
             assert compare_bits(found, stepped.states[name].reshape(-1)) == Mismatch(0, 0)
         assert compare_bits(optimizer.state[parts[1]]["step"], stepped.states["step"]) == Mismatch(0, 0)
+
+
+def test_units_are_those_of_the_scale() -> None:
+    one, small = torch.ones(1), torch.full((1,), 2.0**-20)
+    # What is left of 1 where nearly 1 is taken from it: half a unit of 1 is 2^19 of its own.
+    other = small + 2.0**-24
+    assert compare_bits(other, small) == Mismatch(1, 2**19)
+    assert compare_bits(other, small, one) == Mismatch(1, 1)
+    assert compare_bits(small + 3 * 2.0**-23, small, one) == Mismatch(1, 3)
+    assert compare_bits(small + 2.01 * 2.0**-23, small, one) == Mismatch(1, 3)
+    assert compare_bits(small, small, one) == Mismatch(0, 0)
+    assert compare_bits(-torch.zeros(1), torch.zeros(1), one) == Mismatch(1, 1)
+    # The least there are, and a dtype of fewer bits.
+    least = torch.full((1,), 2.0**-149)
+    assert compare_bits(3 * least, least, least) == Mismatch(1, 2)
+    assert compare_bits(one.bfloat16() * 1.0234375, one.bfloat16(), one) == Mismatch(1, 3)
+
+
+def test_what_is_not_finite_has_no_units() -> None:
+    for wrong in (math.inf, -math.inf, math.nan):
+        off = torch.tensor([wrong])
+        assert compare_bits(off, torch.ones(1), torch.ones(1)).ulps > 2**20
+        assert compare_bits(torch.ones(1), off, torch.ones(1)).ulps > 2**20
+        assert compare_bits(torch.zeros(1), torch.ones(1), off).ulps > 2**20
+
+
+@given(floats.filter(lambda value: abs(value) < 1e30), st.integers(1, 1000))
+def test_at_its_own_scale_a_number_has_its_own_units(value: float, count: int) -> None:
+    number = torch.tensor([value])
+    bits = number.view(torch.int32)
+    other = (bits + count).view(torch.float32)
+    # Away from zero a power of two may be passed, behind which units are twice as large.
+    assert compare_bits(number, other).ulps == count
+    assert count <= compare_bits(other, number, number.abs()).ulps <= 2 * count
+
+
+def test_the_scale_is_that_of_what_is_subtracted() -> None:
+    before, after = torch.tensor([-4.0, 1.0, 0.0]), torch.tensor([0.5, -2.0, -3.0])
+    group = {"lr": 0.5, "weight_decay": 0.5, "decoupled_weight_decay": True}
+    assert subtraction_scale(before, after, group).tolist() == [3.0, 2.0, 3.0]
+    assert subtraction_scale(before, after, {**group, "decoupled_weight_decay": False}).tolist() == [4.0, 2.0, 3.0]
+    assert subtraction_scale(before, after, {"lr": 0.5}).tolist() == [4.0, 2.0, 3.0]

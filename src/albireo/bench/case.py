@@ -43,7 +43,7 @@ class Case:
     Attributes:
         system: "albireo" (its plain plugin) or another of its plugins by name; or a reference: "plain" (a hand-written
             PyTorch loop with autocast) or "fsdp2"; with "_compiled" behind it where blocks are compiled.
-        model: an OPT size.
+        model: a size of the recipe's family.
         batch_size: samples per rank and step.
         precision: "fp32", "fp16" or "bf16".
         sequence_length: tokens in a sample.
@@ -52,6 +52,8 @@ class Case:
         checkpointing: activation checkpointing.
         tf32: fp32 products in TF32, for every system alike.
         seed: decides the weights and the tokens.
+        recipe: what is trained.
+        adapter: "none", or "lora" with the recipe's defaults.
     """
 
     system: str
@@ -64,6 +66,8 @@ class Case:
     checkpointing: bool = True
     tf32: bool = True
     seed: int = 42
+    recipe: str = "opt"
+    adapter: str = "none"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""

@@ -37,8 +37,9 @@ def measure_albireo(case: Case) -> CaseResult:
             "eval_every": 0,
             "save_every": 0,
             "seed": case.seed,
+            "adapter": case.adapter,
         }
-        plan = plan_run(recipe="opt", options=options, output=Path(name) / "run")
+        plan = plan_run(recipe=case.recipe, options=options, output=Path(name) / "run")
         folder = plan.make_folder()
         world = join_world(single=True)
         peaks = train_on_rank(resolved_config(plan), folder, world, export_model=False)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from albireo.bench.case import Case
+from albireo.models import family_of
 
 __all__ = ["REFERENCES"]
 
@@ -23,7 +24,7 @@ _Tokens = Callable[[int], torch.Tensor]
 
 
 def _decay_groups(model: PreTrainedModel) -> list[dict[str, object]]:
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -69,7 +70,7 @@ def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Ste
     )
     try:
         policy = MixedPrecisionPolicy(param_dtype=_DTYPES[case.precision], reduce_dtype=torch.float32)
-        for block in model.model.decoder.layers:
+        for _, block in family_of(model.config.model_type).blocks(model):
             if case.compiled:
                 block.compile()
             fully_shard(block, mp_policy=policy)

@@ -96,7 +96,8 @@ def _write(path: Path, results: Sequence[CaseResult]) -> None:
 
 
 def _name(case: Case) -> str:
-    return f"{case.system} {case.model} batch {case.batch_size} {case.precision}"
+    adapter = "" if case.adapter == "none" else f" {case.adapter}"
+    return f"{case.system} {case.recipe} {case.model}{adapter} batch {case.batch_size} {case.precision}"
 
 
 def _say(result: CaseResult, turn: int, rounds: int) -> None:
@@ -110,11 +111,14 @@ def _say(result: CaseResult, turn: int, rounds: int) -> None:
 
 
 def _print_table(results: Sequence[CaseResult]) -> None:
-    table = Table("system", "model", "batch", "precision", "samples/s", "step ms", "device GB", "host GB", "status")
+    table = Table(
+        "system", "model", "adapter", "batch", "precision", "samples/s", "step ms", "device GB", "host GB", "status"
+    )
     for result in results:
         table.add_row(
             result.case.system,
             result.case.model,
+            result.case.adapter,
             str(result.case.batch_size),
             result.case.precision,
             _number(result.samples_per_second, 1.0),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from albireo.adapters import LoraPlan, attach_lora
 from albireo.bench.case import Case, CaseResult
 from albireo.bench.ours import measure_albireo
 from albireo.bench.references import REFERENCES
@@ -16,9 +17,9 @@ from albireo.bench.timing import time_steps
 from albireo.data import RandomTokens, samples_at
 from albireo.device import select_device
 from albireo.errors import AlbireoError, OutOfMemoryError
-from albireo.models import build_model, configure_model, enable_activation_checkpointing, resolve_model
+from albireo.models import FAMILIES, build_model, configure_model, enable_activation_checkpointing, resolve_model
+from albireo.training.language_data import RANDOM_BLOCKS
 from albireo.training.memory_needs import is_out_of_memory
-from albireo.training.text import RANDOM_BLOCKS
 
 __all__ = ["run_case"]
 
@@ -50,9 +51,14 @@ def run_case(case: Case) -> CaseResult:
 
 def _measure_reference(case: Case) -> CaseResult:
     device = select_device(0)
-    choice = resolve_model(case.model)
+    choice = resolve_model(case.model, FAMILIES[case.recipe])
     config, _ = configure_model(choice, init="random", sequence_length=case.sequence_length)
     model = build_model(choice, config, init="random", seed=case.seed, device=device)
+    if case.adapter == "lora":
+        # peft's own layers, as its users have them.
+        attach_lora(
+            model, LoraPlan(rank=8, alpha=16.0, dropout=0.0, targets=choice.family.lora_targets), seed=case.seed
+        )
     if case.checkpointing:
         enable_activation_checkpointing(model, preserve_rng_state=False)
     data = RandomTokens(RANDOM_BLOCKS, case.sequence_length, model.config.vocab_size, case.seed)

@@ -69,6 +69,7 @@ def list_features(found: Findings) -> list[Feature]:
         _several_gpus(found),
         _compile(found),
         _transformers(found),
+        _adapters(found),
         _datasets(found),
         _hub(found),
         *(Feature("measuring", "failed", problem) for problem in found.problems),
@@ -155,6 +156,13 @@ def _transformers(found: Findings) -> Feature:
     if version is None:
         return Feature("models", "failed", "transformers is not installed: pip install 'transformers>=5.17,<6'")
     return Feature("models", "ok", f"transformers {version}")
+
+
+def _adapters(found: Findings) -> Feature:
+    version = found.machine.peft
+    if version is None:
+        return Feature("adapters", "missing", "peft is not installed: pip install 'albireo[adapters]'")
+    return Feature("adapters", "ok", f"peft {version}")
 
 
 def _datasets(found: Findings) -> Feature:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,8 @@ import click
 from albireo import __version__
 from albireo.cli.bench import bench
 from albireo.cli.check import check
+from albireo.cli.checkpoint import checkpoint
+from albireo.cli.generate import generate
 from albireo.cli.options import NamedGroup
 from albireo.cli.run import run
 from albireo.cli.train import train
@@ -17,6 +20,9 @@ from albireo.cli.verify import verify
 from albireo.errors import AlbireoError
 
 __all__ = ["cli", "main"]
+
+# Either name is torch's; every version reads the first.
+_ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 _HELP = """Albireo trains a large model on little hardware: device memory and host memory as one.
 
@@ -26,6 +32,12 @@ laptop, and shows where the picture of its loss is. Then give it a text of yours
 \b
   albireo train opt --data my-text.txt
   albireo train opt --model 125m --data wikitext/wikitext-2-raw-v1
+
+Or train a model on instructions, and let it answer:
+
+\b
+  albireo train gpt2 --data alpaca_data.json --adapter lora
+  albireo generate --run runs/mine --instruction "Name three colours."
 
 Every verb has --help. A wrong value is one line and exit code 2.
 """
@@ -42,6 +54,8 @@ def cli() -> None:
 cli.add_command(train)
 cli.add_command(verify)
 cli.add_command(bench)
+cli.add_command(generate)
+cli.add_command(checkpoint)
 cli.add_command(run)
 cli.add_command(check)
 
@@ -55,6 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the words after `albireo`; those of the process if None.
     """
+    if arguments is None and not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        # A process of our own, before torch reads it: the allocator maps pages where they are wanted, so that little of a
+        # cap is lost in pieces that fit nothing.
+        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     try:
         code = cli.main(args=arguments, prog_name="albireo", standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -14,6 +14,7 @@ __all__ = ["NamedGroup", "SectionedCommand", "config_options", "given_options"]
 _SECTION_TITLES = {
     "model": "Model",
     "data": "Data",
+    "adapter": "Adapter",
     "optimizer": "Optimizer",
     "schedule": "Length and schedule",
     "plugin": "Device and plugin",
@@ -100,18 +101,27 @@ class SectionedCommand(click.Command):
                 formatter.write(line + "\n")
 
 
-def config_options(function: _Function) -> _Function:
-    """Give a command every flag of the run's configuration."""
-    for info in reversed(list(RunConfig.options())):
-        function = click.option(*_declarations(info), cls=_ConfigOption, info=info)(function)
-    return function
+def config_options(recipe: str) -> Callable[[_Function], _Function]:
+    """Give a command every flag of a recipe's configuration.
+
+    Args:
+        recipe: its name.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        for info in reversed(list(RunConfig.options(recipe))):
+            function = click.option(*_declarations(info), cls=_ConfigOption, info=info)(function)
+        return function
+
+    return decorate
 
 
-def given_options(values: dict[str, Any]) -> dict[str, Any]:
+def given_options(recipe: str, values: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration's options that the user gave.
 
     Args:
+        recipe: whose command it is.
         values: all that click parsed.
     """
-    names = {info.name for info in RunConfig.options()}
+    names = {info.name for info in RunConfig.options(recipe)}
     return {name: value for name, value in values.items() if name in names and value is not None}

@@ -41,7 +41,7 @@ def config_from_mapping(values: Mapping[str, Any], *, where: str, base: RunConfi
         ConfigError: an unknown section or key, or a wrong value.
     """
     config = base if base is not None else RunConfig()
-    sections = RunConfig.sections()
+    sections = RunConfig.sections(config.recipe)
     flat: dict[str, Any] = {}
     for key, part in values.items():
         if key == "recipe":
@@ -72,16 +72,17 @@ def merge(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
     Returns:
         The new configuration. Steps given alone take the place of epochs, and the other way round; so do shares and an
-        automatic placement; with another plugin, what the one before alone has is gone.
+        automatic placement; with another plugin, what the one before alone has is gone; with another kind of adapter, so
+        are the options of the one before.
 
     Raises:
         ConfigError: an unknown name or a wrong value.
     """
-    infos: dict[str, OptionInfo] = {info.name: info for info in RunConfig.options()}
+    infos: dict[str, OptionInfo] = {info.name: info for info in RunConfig.options(config.recipe)}
     changes: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         if name not in infos:
-            raise ConfigError(f"unknown option {name!r}{_suggestion(name, sorted(infos))}")
+            raise ConfigError(f"the recipe {config.recipe} has no option {name!r}{_suggestion(name, sorted(infos))}")
         info = infos[name]
         changes.setdefault(info.section, {})[name] = info.check(value)
         rival = _RIVALS.get(name)
@@ -96,6 +97,9 @@ def merge(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
     if values.get("plugin", config.plugin.plugin) != config.plugin.plugin:
         for name in PLUGIN_OPTIONS:
             changes["plugin"].setdefault(name, infos[name].default)
+    if values.get("adapter", config.adapter.adapter) != config.adapter.adapter:
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets"):
+            changes["adapter"].setdefault(name, None)
     sections = {name: dataclasses.replace(getattr(config, name), **part) for name, part in changes.items()}
     return dataclasses.replace(config, **sections)
 

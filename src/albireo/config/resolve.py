@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from albireo.config.facts import MachineFacts
-from albireo.config.run import PLUGIN_OPTIONS, DataConfig, PluginConfig, RunConfig
+from albireo.config.run import PLUGIN_OPTIONS, PluginConfig, RunConfig
 from albireo.errors import ConfigError
 
 __all__ = ["resolve"]
@@ -24,7 +24,7 @@ def resolve(config: RunConfig, machine: MachineFacts) -> RunConfig:
     Raises:
         ConfigError: options that cannot go together, or that this machine cannot serve.
     """
-    tiny = config.model.model == "tiny"
+    tiny = config.model.is_tiny
     _check(config, machine, tiny=tiny)
     init = config.model.init or ("random" if tiny else "pretrained")
     precision = config.plugin.precision
@@ -37,16 +37,20 @@ def resolve(config: RunConfig, machine: MachineFacts) -> RunConfig:
             precision = "bf16" if machine.bf16_is_native else "fp16"
     optimizer = config.optimizer
     schedule = config.schedule
+    batch_size = optimizer.batch_size or 8
     if schedule.epochs is None and schedule.steps is None:
         schedule = dataclasses.replace(schedule, epochs=1.0 if tiny else 3.0)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, init=init),
-        data=dataclasses.replace(config.data, sequence_length=config.data.sequence_length or (128 if tiny else 1024)),
+        data=config.data.resolved(tiny=tiny, samples_per_step=batch_size * optimizer.accumulate * config.plugin.gpus),
+        adapter=config.adapter.resolved(),
         optimizer=dataclasses.replace(
             optimizer,
-            learning_rate=(1e-3 if tiny else 5e-5) if optimizer.learning_rate is None else optimizer.learning_rate,
-            batch_size=optimizer.batch_size or 8,
+            learning_rate=(1e-3 if tiny else 3e-4 if config.adapter.is_on else 5e-5)
+            if optimizer.learning_rate is None
+            else optimizer.learning_rate,
+            batch_size=batch_size,
         ),
         schedule=schedule,
         plugin=_resolved_plugin(dataclasses.replace(config.plugin, precision=precision)),
@@ -102,7 +106,7 @@ def _check_plugin(config: RunConfig) -> None:
 def _check(config: RunConfig, machine: MachineFacts, *, tiny: bool) -> None:
     if tiny and config.model.init == "pretrained":
         raise ConfigError("--model tiny has no pretrained weights: leave --init out, or take another --model")
-    _check_data(config)
+    config.data.check(config.model)
     _check_plugin(config)
     steps, warmup = config.schedule.steps, config.schedule.warmup
     # A share of all steps, or steps that follow from the data, cannot be judged yet.
@@ -121,14 +125,3 @@ def _check(config: RunConfig, machine: MachineFacts, *, tiny: bool) -> None:
         )
     if config.plugin.precision == "bf16" and machine.device_type == "cuda" and not machine.bf16_is_native:
         raise ConfigError("--precision bf16 is not native on this GPU: take fp16 or fp32")
-
-
-def _check_data(config: RunConfig) -> None:
-    """Refuse options that the data has no use for: none is silently ignored."""
-    data = config.data
-    if data.data == "random" and config.model.tokenizer is not None:
-        raise ConfigError("--data random is made of ids, not of text, and needs no --tokenizer: leave one of them out")
-    if data.data in ("random", "synthetic") and data.text_field != DataConfig.text_field:
-        raise ConfigError(
-            f"--data {data.data} has no fields, so --text-field {data.text_field} says nothing: leave it out"
-        )

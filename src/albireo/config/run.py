@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, cast
 
+from albireo.config.adapter import AdapterConfig
 from albireo.config.option import OptionInfo, option, options_of
+from albireo.config.recipes import RECIPE_SECTIONS, DataConfig, ModelConfig, TextConfig
+from albireo.errors import ConfigError
 
 __all__ = [
     "PLUGIN_OPTIONS",
-    "DataConfig",
-    "ModelConfig",
     "OptimizerConfig",
     "PluginConfig",
     "RunConfig",
@@ -34,59 +35,11 @@ PLUGIN_OPTIONS: Mapping[str, str] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """What is trained."""
-
-    model: str = option(
-        "tiny",
-        "A size (tiny, 125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b, 175b), a Hugging Face folder, or a hub id.",
-        metavar="NAME",
-    )
-    init: Literal["pretrained", "random"] | None = option(
-        None, "Where the weights come from. Default: random for tiny, pretrained otherwise."
-    )
-    tokenizer: str | None = option(
-        None,
-        "A folder (tokenizer.json, or vocab.json and merges.txt) or a hub id. Default: the model's own; for random "
-        "weights, one trained on the data.",
-        metavar="PATH",
-    )
-    dropout: float = option(0.0, "Dropout of the hidden states.", minimum=0.0, maximum=0.95)
-    checkpointing: bool = option(
-        False, "Activation checkpointing: recompute activations in backward, a block at a time, to save memory."
-    )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What it is trained on."""
-
-    data: str = option(
-        "synthetic",
-        "synthetic; a text file or a folder of them; JSON lines; a hub data set such as wikitext/wikitext-2-raw-v1; "
-        "or random (uniform random tokens, for measuring).",
-        metavar="NAME",
-    )
-    text_field: str = option("text", "The field that holds the text in JSON lines and hub data sets.", metavar="FIELD")
-    holdout: float = option(
-        0.05,
-        "The share of blocks held out for evaluation, where the data has no validation part of its own.",
-        minimum=0.0,
-        exclusive_minimum=True,
-        maximum=0.5,
-    )
-    sequence_length: int | None = option(None, "Tokens in a block. Default: 128 for tiny, 1024 otherwise.", minimum=2)
-    cache: str | None = option(
-        None, "Where tokenized data is kept. Default: $ALBIREO_CACHE, or albireo in the user's cache.", metavar="DIR"
-    )
-
-
-@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and what is done to the gradient before it."""
 
     learning_rate: float | None = option(
-        None, "The peak learning rate. Default: 1e-3 for tiny, 5e-5 otherwise.", minimum=0.0
+        None, "The peak learning rate. Default: 1e-3 for tiny, 3e-4 for adapters, 5e-5 otherwise.", minimum=0.0
     )
     weight_decay: float = option(0.01, "AdamW's weight decay; biases and norms are left out.", minimum=0.0)
     clip: float = option(1.0, "Clip the gradient to this global norm; 0 does not clip.", minimum=0.0)
@@ -188,30 +141,73 @@ class PluginConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides what a run computes.
+    """Everything that decides what a run computes. Made by `RunConfig.of`; by itself it is the recipe opt.
 
-    `recipe` says what kind of model is trained. Fields that are None are decided by `resolve` and, where they depend
-    on the data, by the training session; a run's `config.json` holds them all.
+    `recipe` says what is trained, and so which options there are: `model` and `data` are of that recipe's own classes.
+    Fields that are None are decided by `resolve` and, where they depend on the data, by the training session; a run's
+    `config.json` holds them all.
+
+    Raises:
+        ConfigError: there is no such recipe, or a section is another recipe's.
     """
 
     recipe: str = "opt"
     model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=TextConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     plugin: PluginConfig = field(default_factory=PluginConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse sections of another recipe: their options would be ignored."""
+        for name, section in RunConfig.sections(self.recipe).items():
+            if type(getattr(self, name)) is not section:
+                raise ConfigError(f"{name} of the recipe {self.recipe!r} is a {section.__name__}: use RunConfig.of")
+
+    @property
+    def drops_out(self) -> bool:
+        """A training step draws masks."""
+        return self.model.dropout > 0 or (self.adapter.lora_dropout or 0.0) > 0
+
     @staticmethod
-    def sections() -> dict[str, type]:
-        """Return the sections' names and dataclasses, in order."""
+    def of(recipe: str) -> RunConfig:
+        """Return a recipe's defaults.
+
+        Args:
+            recipe: its name, as in `albireo train NAME`.
+
+        Raises:
+            ConfigError: there is no such recipe.
+        """
+        return RunConfig(recipe, **{name: section() for name, section in RunConfig.sections(recipe).items()})
+
+    @staticmethod
+    def sections(recipe: str = "opt") -> dict[str, type]:
+        """Return the names and dataclasses of a recipe's sections, in order.
+
+        Args:
+            recipe: its name.
+
+        Raises:
+            ConfigError: there is no such recipe.
+        """
+        if recipe not in RECIPE_SECTIONS:
+            raise ConfigError(f"a recipe is one of {', '.join(RECIPE_SECTIONS)}, not {recipe!r}")
+        own = RECIPE_SECTIONS[recipe]
         return {
-            part.name: part.default_factory  # type: ignore[misc]  # each section's factory is its class
+            # Each shared section's factory is its class.
+            part.name: own.get(part.name, cast("type", part.default_factory))
             for part in fields(RunConfig)
             if part.name != "recipe"
         }
 
     @staticmethod
-    def options() -> Iterator[OptionInfo]:
-        """Yield every option of every section."""
-        for name, section in RunConfig.sections().items():
+    def options(recipe: str = "opt") -> Iterator[OptionInfo]:
+        """Yield every option of every section of a recipe.
+
+        Args:
+            recipe: its name.
+        """
+        for name, section in RunConfig.sections(recipe).items():
             yield from options_of(name, section)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from albireo.data.blocks import RandomTokens, TokenBlocks, pack, split_blocks
+from albireo.data.buckets import Buckets
 from albireo.data.cache import tokenize, trained_tokenizer
-from albireo.data.loader import IGNORED_LABEL, Batch, StepLoader, evaluation_batches
+from albireo.data.instruction import Instruction, parse_instruction
+from albireo.data.instruction_data import InstructionData, InstructionOptions, pad_rows, prepare_instructions
+from albireo.data.instruction_source import InstructionSource, check_instructions, open_instructions
+from albireo.data.loader import IGNORED_LABEL, AnyDataset, Batch, Batching, Collate, StepLoader, evaluation_batches
 from albireo.data.order import BatchLayout, SampleOrder, epoch_of, epoch_permutation, samples_at, steps_for
+from albireo.data.prompt import prompt_of
 from albireo.data.sampler import EpochSampler
 from albireo.data.source import check_source, open_source
 from albireo.data.store import default_cache_folder
@@ -18,9 +23,17 @@ from albireo.data.tokens import TokenStream
 
 __all__ = [
     "IGNORED_LABEL",
+    "AnyDataset",
     "Batch",
     "BatchLayout",
+    "Batching",
+    "Buckets",
+    "Collate",
     "EpochSampler",
+    "Instruction",
+    "InstructionData",
+    "InstructionOptions",
+    "InstructionSource",
     "RandomTokens",
     "SampleOrder",
     "SpecialTokens",
@@ -31,16 +44,22 @@ __all__ = [
     "TextTokenizer",
     "TokenBlocks",
     "TokenStream",
+    "check_instructions",
     "check_source",
     "default_cache_folder",
     "epoch_of",
     "epoch_permutation",
     "evaluation_batches",
     "load_tokenizer",
+    "open_instructions",
     "open_source",
     "pack",
+    "pad_rows",
+    "parse_instruction",
+    "prepare_instructions",
     "prepare_text",
     "prepare_tokenizer",
+    "prompt_of",
     "samples_at",
     "split_blocks",
     "steps_for",

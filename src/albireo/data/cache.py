@@ -12,7 +12,7 @@ from albireo.data.store import built_once, key_of
 from albireo.data.text_source import TextSource
 from albireo.data.tokenizer import TextTokenizer
 from albireo.data.tokenizer_loading import load_tokenizer
-from albireo.data.tokenizer_training import train_tokenizer
+from albireo.data.tokenizer_training import OPT_TOKENS, TokenLayout, train_tokenizer
 from albireo.data.tokens import TokenStream, TokenWriter, token_dtype
 from albireo.errors import DataError
 from albireo.log import Log
@@ -23,7 +23,7 @@ Progress = Callable[[int, int | None], None]
 """Told the bytes of text that are done, and how many there are, or None where only the end will tell."""
 
 _TOKENS_VERSION = 1
-_TOKENIZER_VERSION = 1
+_TOKENIZER_VERSION = 2
 _BATCH_BYTES = 2**21
 _BATCH_DOCUMENTS = 8192
 _TOKENS_FILE = "tokens.safetensors"
@@ -78,6 +78,7 @@ def trained_tokenizer(
     vocab_size: int,
     *,
     cache_folder: Path,
+    layout: TokenLayout = OPT_TOKENS,
     progress: Progress | None = None,
     log: Log | None = None,
 ) -> TextTokenizer:
@@ -87,6 +88,7 @@ def trained_tokenizer(
         source: the text.
         vocab_size: the most entries, special tokens included.
         cache_folder: where tokenizers are kept.
+        layout: its special tokens.
         progress: told how far the reading is.
         log: told when a damaged tokenizer is made again.
 
@@ -96,9 +98,9 @@ def trained_tokenizer(
     """
 
     def build(folder: Path) -> None:
-        train_tokenizer(source.documents("train"), vocab_size, progress).save(folder)
+        train_tokenizer(source.documents("train"), vocab_size, progress, layout).save(folder)
 
-    key = key_of("tokenizer", _TOKENIZER_VERSION, source.fingerprint(), vocab_size)
+    key = key_of("tokenizer", _TOKENIZER_VERSION, source.fingerprint(), vocab_size, layout.name)
     loaded = load_tokenizer(built_once(cache_folder, "tokenizers", key, build, log=log))
     return loaded.renamed(f"trained on {source.name}")
 

@@ -13,7 +13,7 @@ from albireo.data.split_names import assign_splits
 from albireo.data.text_source import TextSource
 from albireo.errors import DataError
 
-__all__ = ["FileSource", "open_files"]
+__all__ = ["FileSource", "open_files", "walk"]
 
 _SNIFFED_BYTES = 8192
 
@@ -105,7 +105,7 @@ def open_files(path: Path, name: str, text_field: str = "text") -> FileSource:
         return FileSource(name, {"train": (path,)}, text_field)
     if not path.is_dir():
         raise DataError(f"{name} is neither a file nor a folder")
-    found = {file.relative_to(path).as_posix(): file for file in _walk(path)}
+    found = {file.relative_to(path).as_posix(): file for file in walk(path)}
     text = {relative: file for relative, file in found.items() if is_json(file) or _looks_like_text(file)}
     if not text:
         beside = f" ({len(found)} files there are not text)" if found else ""
@@ -119,8 +119,15 @@ def open_files(path: Path, name: str, text_field: str = "text") -> FileSource:
     return FileSource(name, files, text_field, plan.left_aside + not_text)
 
 
-def _walk(folder: Path) -> list[Path]:
-    """All files under a folder that are not hidden, in the order of their relative names."""
+def walk(folder: Path) -> list[Path]:
+    """Return all files under a folder that are not hidden, in the order of their relative names.
+
+    Args:
+        folder: the folder; its subfolders count too.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error

@@ -14,7 +14,7 @@ from albireo.data.split_names import assign_splits
 from albireo.data.text_source import TextSource
 from albireo.errors import DataError
 
-__all__ = ["HubSource", "Loader", "candidates", "open_hub"]
+__all__ = ["HubSource", "Loader", "candidates", "load_tables", "open_hub"]
 
 Loader = Callable[[str, str | None], Any]
 """Takes the name of a data set and a configuration or None; returns a `datasets.DatasetDict`."""
@@ -102,6 +102,19 @@ def open_hub(name: str, text_field: str = "text", load: Loader | None = None) ->
     Raises:
         DataError: `datasets` is missing, the hub cannot be reached, or it has no such data set.
     """
+    return HubSource(name, load_tables(name, load), text_field)
+
+
+def load_tables(name: str, load: Loader | None = None) -> Mapping[str, Any]:
+    """Return the splits of a data set of the hub, each a `datasets.Dataset`.
+
+    Args:
+        name: as for `open_hub`.
+        load: as for `open_hub`.
+
+    Raises:
+        DataError: `datasets` is missing, the hub cannot be reached, or it has no such data set.
+    """
     meanings = candidates(name)
     load = load if load is not None else default_loader()
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
@@ -117,7 +130,8 @@ def open_hub(name: str, text_field: str = "text", load: Loader | None = None) ->
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise DataError(f"the data set {name} cannot be loaded: {_first_line(error)}; {_LOCAL_HINT}") from error
         else:
-            return HubSource(name, tables, text_field)
+            found: Mapping[str, Any] = tables
+            return found
     raise DataError(f"there is no file or folder {name}, and no such data set: {reasons[0]}; {_LOCAL_HINT}")
 
 

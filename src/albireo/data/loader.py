@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from albireo.data.buckets import Buckets
 from albireo.data.order import BatchLayout, SampleOrder
 from albireo.errors import ConfigError, DataError
 
-__all__ = ["IGNORED_LABEL", "Batch", "StepLoader", "evaluation_batches"]
+__all__ = ["IGNORED_LABEL", "AnyDataset", "Batch", "Batching", "Collate", "StepLoader", "evaluation_batches"]
 
 IGNORED_LABEL = -100
 """A label that counts for nothing, as in transformers and in `torch.nn.functional.cross_entropy`."""
 
 AnyDataset = Dataset[Any]
+
+Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+"""Makes columns [batch, ...] of samples."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +48,26 @@ class Batch:
         return Batch(input_ids, input_ids if same else self.labels.to(device, non_blocking=non_blocking), self.tokens)
 
 
+def _collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    columns: dict[str, Tensor] = default_collate(
+        [{name: sample[name] for name in ("input_ids", "labels") if name in sample} for sample in samples]
+    )
+    return columns
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How samples become batches.
+
+    Attributes:
+        buckets: puts samples of like length near one another; None: all in random order.
+        collate: makes columns of samples; by default of such as have one shape.
+    """
+
+    buckets: Buckets | None = None
+    collate: Collate = _collate
+
+
 class StepLoader:
     """Gives one rank the micro-batches of each optimizer step, in the global order of samples.
 
@@ -58,6 +82,7 @@ class StepLoader:
         steps: optimizer steps to give out.
         pin_memory: put batches into page-locked host memory, from which copies to a GPU need not be waited for.
         num_workers: processes that read ahead; 0 reads in this one.
+        batching: how samples become batches.
 
     Attributes:
         layout: as above.
@@ -78,16 +103,18 @@ class StepLoader:
         steps: int,
         pin_memory: bool = False,
         num_workers: int = 0,
+        batching: Batching | None = None,
     ) -> None:
         if start_sample < 0 or steps < 0:
             raise ConfigError(f"start_sample and steps must be at least 0, not {start_sample} and {steps}")
         self.layout = layout
         self.steps = steps
-        micro_batches = _MicroBatches(SampleOrder(_size(dataset), seed), layout, start_sample, steps)
+        batching = batching if batching is not None else Batching()
+        micro_batches = _MicroBatches(SampleOrder(_size(dataset), seed, batching.buckets), layout, start_sample, steps)
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=micro_batches,
-            collate_fn=_collate,
+            collate_fn=batching.collate,
             pin_memory=pin_memory,
             num_workers=num_workers,
             # Its own generator: else every new iterator draws from the global one, and a resumed run, which makes
@@ -124,13 +151,19 @@ class _MicroBatches(Sampler[list[int]]):
 
 
 def evaluation_batches(
-    dataset: AnyDataset, batch_size: int, rank: int = 0, world_size: int = 1, *, pin_memory: bool = False
+    dataset: AnyDataset,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    pin_memory: bool = False,
+    batching: Batching | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's share of a data set: every sample counts exactly once over all ranks, in a fixed order.
 
-    All ranks get the same number of batches, because a sharded model computes together, and all batches have the same
-    shape, because a compiled model is compiled for one: where samples are lacking, rows whose labels are all -100 fill
-    up, and count for nothing.
+    All ranks get the same number of batches, because a sharded model computes together, and all batches have as many
+    rows, because a compiled model is compiled for one shape: where samples are lacking, rows whose labels are all -100
+    fill up, and count for nothing.
 
     Args:
         dataset: items are mappings with `input_ids` and, where they differ, `labels`.
@@ -138,12 +171,14 @@ def evaluation_batches(
         rank: this rank.
         world_size: ranks that share the data.
         pin_memory: put batches into page-locked host memory.
+        batching: how samples become batches; their order is the data set's.
 
     Raises:
         ConfigError: a number is too small, or the rank is not one of the world's.
         DataError: the data set is empty.
     """
     layout = BatchLayout(batch_size, 1, rank, world_size)
+    collate = (batching if batching is not None else Batching()).collate
     size = _size(dataset)
     if size < 1:
         raise DataError("there is nothing to evaluate on: the data set holds no samples")
@@ -151,7 +186,7 @@ def evaluation_batches(
         left = min(layout.samples_per_step, size - first)
         indices = range(first + left * rank // world_size, first + left * (rank + 1) // world_size)
         filled = [*indices, *[first] * (batch_size - len(indices))]
-        columns = _collate(_fetch(dataset, filled))
+        columns = collate(_fetch(dataset, filled))
         if len(indices) < batch_size:
             labels = columns.get("labels", columns["input_ids"]).clone()
             labels[len(indices) :] = IGNORED_LABEL
@@ -168,13 +203,6 @@ def _size(dataset: AnyDataset) -> int:
 def _fetch(dataset: AnyDataset, indices: list[int]) -> list[Any]:
     fetch_many = getattr(dataset, "__getitems__", None)
     return list(fetch_many(indices)) if fetch_many is not None else [dataset[index] for index in indices]
-
-
-def _collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    columns: dict[str, Tensor] = default_collate(
-        [{name: sample[name] for name in ("input_ids", "labels") if name in sample} for sample in samples]
-    )
-    return columns
 
 
 def _as_batch(columns: Mapping[str, Tensor]) -> Batch:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from albireo.data.buckets import Buckets
 from albireo.data.mixing import random_bits, random_key
 from albireo.errors import ConfigError, DataError
 
@@ -76,16 +77,20 @@ class SampleOrder:
     Args:
         dataset_size: samples in the data set.
         seed: which stream; the same seed gives the same stream.
+        buckets: puts samples of like length near one another; None: all in random order.
 
     Raises:
-        DataError: the data set is empty.
+        DataError: the data set is empty, or the buckets are another data set's.
     """
 
-    def __init__(self, dataset_size: int, seed: int) -> None:
+    def __init__(self, dataset_size: int, seed: int, buckets: Buckets | None = None) -> None:
+        if buckets is not None and len(buckets.lengths) != dataset_size:
+            raise DataError(f"there are lengths of {len(buckets.lengths)} samples, and {dataset_size} samples")
         self.dataset_size = dataset_size
         self.seed = seed
+        self._buckets = buckets
         self._epoch = 0
-        self._permutation = epoch_permutation(dataset_size, seed, 0)
+        self._permutation = self._arranged(0)
 
     def take(self, start: int, count: int) -> NDArray[np.int64]:
         """Return the samples at positions start..start+count-1 of the stream.
@@ -107,6 +112,9 @@ class SampleOrder:
     def micro_batches(self, layout: BatchLayout, start: int, steps: int) -> Iterator[list[int]]:
         """Yield the sample indices of each micro-batch of one rank, `layout.accumulate` of them a step.
 
+        With buckets, a step's samples are dealt from short to long, so that each micro-batch is of like lengths; which
+        samples a step has does not hang on how it is cut up.
+
         Args:
             layout: how a step is cut up.
             start: the global position at which the first step begins.
@@ -114,14 +122,24 @@ class SampleOrder:
         """
         for step in range(steps):
             first = start + step * layout.samples_per_step
+            if self._buckets is None:
+                for micro_batch in range(layout.accumulate):
+                    yield self.take(first + layout.offset(micro_batch), layout.batch_size).tolist()
+                continue
+            samples = self._buckets.by_length(self.take(first, layout.samples_per_step))
             for micro_batch in range(layout.accumulate):
-                yield self.take(first + layout.offset(micro_batch), layout.batch_size).tolist()
+                offset = layout.offset(micro_batch)
+                yield samples[offset : offset + layout.batch_size].tolist()
 
     def _of_epoch(self, epoch: int) -> NDArray[np.int64]:
         if epoch != self._epoch:
-            self._permutation = epoch_permutation(self.dataset_size, self.seed, epoch)
+            self._permutation = self._arranged(epoch)
             self._epoch = epoch
         return self._permutation
+
+    def _arranged(self, epoch: int) -> NDArray[np.int64]:
+        permutation = epoch_permutation(self.dataset_size, self.seed, epoch)
+        return permutation if self._buckets is None else self._buckets.arranged(permutation, self.seed, epoch)
 
 
 def samples_at(start: int, count: int, dataset_size: int, seed: int) -> NDArray[np.int64]:

@@ -10,7 +10,16 @@ from typing import Any, BinaryIO
 
 from albireo.errors import DataError
 
-__all__ = ["JSON_SUFFIXES", "is_json", "read_lines", "read_records", "reading", "record_text"]
+__all__ = [
+    "JSON_SUFFIXES",
+    "is_json",
+    "kind_of",
+    "read_lines",
+    "read_records",
+    "read_values",
+    "reading",
+    "record_text",
+]
 
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _LONGEST_LINE_BYTES = 2**20
@@ -88,15 +97,33 @@ def read_records(path: Path, text_field: str) -> Iterator[str]:
         DataError: the file cannot be read, a line is no JSON object, or its field is missing or no string; it names
             the file, the line and what came.
     """
+    for where, value in read_values(path):
+        if isinstance(value, DataError):
+            raise value
+        yield record_text(value, text_field, where)
+
+
+def read_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield every value of a file of JSON lines, or of one JSON array, with where it stands.
+
+    A line that is no JSON comes as the DataError that says so: it is up to the caller what that means.
+
+    Raises:
+        DataError: the file cannot be read, or is an array that is no JSON.
+    """
     with reading(path) as file:
         if _first_sign(file) == b"[":
-            yield from _read_array(file, path, text_field)
+            yield from _read_array(file, path)
             return
         offset_bytes = file.tell()
         for number, line in enumerate(file, start=1):
             if line.strip():
-                record = _parse(_decode(line, path, offset_bytes), f"{path} line {number}")
-                yield record_text(record, text_field, f"{path} line {number}")
+                where = f"{path} line {number}"
+                try:
+                    value = _parse(_decode(line, path, offset_bytes), where)
+                except DataError as error:
+                    value = error
+                yield where, value
             offset_bytes += len(line)
 
 
@@ -111,11 +138,11 @@ def _first_sign(file: BinaryIO) -> bytes:
     return sign
 
 
-def _read_array(file: BinaryIO, path: Path, text_field: str) -> Iterator[str]:
+def _read_array(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     offset_bytes = file.tell()
     records = _parse(_decode(file.read(), path, offset_bytes), str(path))
     for number, record in enumerate(records, start=1):
-        yield record_text(record, text_field, f"{path} record {number}")
+        yield f"{path} record {number}", record
 
 
 def _parse(text: str, where: str) -> Any:
@@ -141,7 +168,7 @@ def record_text(record: object, text_field: str, where: str) -> str:
         DataError: the record is no object, the field is missing, no string, or a string that is not valid Unicode.
     """
     if not isinstance(record, dict):
-        raise DataError(f'{where} holds {_kind(record)}; expected an object such as {{"{text_field}": "..."}}')
+        raise DataError(f'{where} holds {kind_of(record)}; expected an object such as {{"{text_field}": "..."}}')
     if text_field not in record:
         fields = ", ".join(sorted(map(str, record))) or "none"
         raise DataError(
@@ -149,7 +176,7 @@ def record_text(record: object, text_field: str, where: str) -> str:
         )
     text = record[text_field]
     if not isinstance(text, str):
-        raise DataError(f'field "{text_field}" of {where} is {_kind(text)}; expected a string')
+        raise DataError(f'field "{text_field}" of {where} is {kind_of(text)}; expected a string')
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -159,7 +186,8 @@ def record_text(record: object, text_field: str, where: str) -> str:
     return text
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Return what a JSON value is, in words."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -11,7 +11,7 @@ from albireo.data.synthetic import SyntheticSource
 from albireo.data.text_source import TextSource
 from albireo.errors import DataError
 
-__all__ = ["check_source", "open_source"]
+__all__ = ["check_source", "local_path", "open_source"]
 
 # A configuration on the hub may have a dot in its name (20231101.en), so that not every ending is a file's.
 _FILE_SUFFIXES = frozenset({
@@ -35,7 +35,7 @@ def open_source(name: str, *, text_field: str = "text", seed: int = 0) -> TextSo
     """
     if name == "synthetic":
         return SyntheticSource(seed)
-    path = _local(name)
+    path = local_path(name)
     return open_hub(name, text_field) if path is None else open_files(path, name, text_field)
 
 
@@ -51,15 +51,22 @@ def check_source(name: str, *, text_field: str = "text") -> None:
     """
     if name == "synthetic":
         return
-    path = _local(name)
+    path = local_path(name)
     if path is None:
         candidates(name)
     else:
         open_files(path, name, text_field)
 
 
-def _local(name: str) -> Path | None:
-    """Return the path that a name means; None if it can only be a name on the hub."""
+def local_path(name: str) -> Path | None:
+    """Return the path that a name of data means; None if it can only be a name on the hub.
+
+    Args:
+        name: what the user called it.
+
+    Raises:
+        DataError: nothing was named, or there is no such path.
+    """
     if not name.strip():
         raise DataError("no data was named; give a file, a folder, a data set of the hub, or synthetic")
     path = Path(name).expanduser()

@@ -1,18 +1,53 @@
-"""A tokenizer trained on the data itself, with OPT's layout of special tokens."""
+"""A tokenizer trained on the data itself, with OPT's layout of special tokens or GPT-2's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from albireo.data.tokenizer import SpecialTokens, TextTokenizer
 from albireo.errors import ModelError
 
-__all__ = ["OPT_SPECIAL_TOKENS", "SMALLEST_VOCABULARY", "byte_level", "train_tokenizer", "with_prefix"]
+__all__ = [
+    "GPT2_TOKENS",
+    "OPT_SPECIAL_TOKENS",
+    "OPT_TOKENS",
+    "SMALLEST_VOCABULARY",
+    "TokenLayout",
+    "byte_level",
+    "train_tokenizer",
+    "with_prefix",
+]
 
 OPT_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 """Ids 0 to 3. OPT begins a text with `</s>`, which is also what ends one; `<s>` only holds its place."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Which special tokens a tokenizer that is trained has.
+
+    Attributes:
+        name: of the layout.
+        tokens: all of them; they have the first ids.
+        special: what each is for.
+        prefix: the one that begins every text, or None.
+    """
+
+    name: str
+    tokens: tuple[str, ...]
+    special: SpecialTokens
+    prefix: str | None
+
+
+OPT_TOKENS = TokenLayout(
+    "opt", OPT_SPECIAL_TOKENS, SpecialTokens(bos="</s>", eos="</s>", pad="<pad>", unk="<unk>"), prefix="</s>"
+)
+GPT2_TOKENS = TokenLayout(
+    "gpt2", ("<|endoftext|>",), SpecialTokens(bos="<|endoftext|>", eos="<|endoftext|>"), prefix=None
+)
 
 SMALLEST_VOCABULARY = 256 + len(OPT_SPECIAL_TOKENS)
 _PROGRESS_EVERY = 256
@@ -35,9 +70,12 @@ def with_prefix(tokenizer: Tokenizer, token: str, token_id: int) -> None:
 
 
 def train_tokenizer(
-    documents: Iterable[str], vocab_size: int, progress: Callable[[int, int | None], None] | None = None
+    documents: Iterable[str],
+    vocab_size: int,
+    progress: Callable[[int, int | None], None] | None = None,
+    layout: TokenLayout = OPT_TOKENS,
 ) -> TextTokenizer:
-    """Train a byte-level pair encoding with OPT's special tokens: the same text gives the same tokenizer.
+    """Train a byte-level pair encoding: the same text gives the same tokenizer.
 
     A small text has fewer pairs than were asked for; then the vocabulary is smaller than `vocab_size`.
 
@@ -45,27 +83,29 @@ def train_tokenizer(
         documents: the text; read once, not held.
         vocab_size: the most entries, special tokens included.
         progress: told the bytes read so far, and None for their number.
+        layout: its special tokens.
 
     Raises:
         ModelError: `vocab_size` has no room for the 256 bytes and the special tokens.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    smallest = 256 + len(layout.tokens)
+    if vocab_size < smallest:
         raise ModelError(
-            f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(OPT_SPECIAL_TOKENS)} special tokens need "
-            f"at least {SMALLEST_VOCABULARY}"
+            f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(layout.tokens)} special tokens need "
+            f"at least {smallest}"
         )
     tokenizer = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=list(OPT_SPECIAL_TOKENS),
+        special_tokens=list(layout.tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_counted(documents, progress), trainer=trainer)
-    with_prefix(tokenizer, "</s>", OPT_SPECIAL_TOKENS.index("</s>"))
-    special = SpecialTokens(bos="</s>", eos="</s>", pad="<pad>", unk="<unk>")
-    return TextTokenizer(tokenizer, special, "trained on the data")
+    if layout.prefix is not None:
+        with_prefix(tokenizer, layout.prefix, layout.tokens.index(layout.prefix))
+    return TextTokenizer(tokenizer, layout.special, "trained on the data")
 
 
 def _counted(documents: Iterable[str], progress: Callable[[int, int | None], None] | None) -> Iterator[str]:

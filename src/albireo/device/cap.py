@@ -32,17 +32,8 @@ def apply_device_cap(device: torch.device, cap_bytes: int) -> int:
     """
     total = torch.cuda.get_device_properties(device).total_memory
     allowed = _allowed(cap_bytes, total)
-    _let_segments_grow()
     torch.cuda.set_per_process_memory_fraction(allowed / total, device)
     return allowed
-
-
-def _let_segments_grow() -> None:
-    """Have the allocator map pages where they are wanted, so that little of a cap is lost in pieces that fit nothing."""
-    # torch's own name for its environment variable, which is read once and may have been read by now.
-    change = getattr(torch.cuda.memory, "_set_allocator_settings", None)
-    if change is not None:
-        change("expandable_segments:True")
 
 
 def device_room_bytes(device: torch.device, cap_bytes: int) -> int:

@@ -32,6 +32,11 @@ class Arrival(ABC):
             Exception: as `wait`.
         """
 
+    @property
+    @abstractmethod
+    def has_run(self) -> bool:
+        """True if nothing is left to wait for; any thread may ask."""
+
 
 class CopyLane(ABC):
     """Runs copies, and what belongs to them, in the order in which they are enqueued. Any thread may enqueue.
@@ -159,6 +164,10 @@ class _CudaArrival(Arrival):
         self._event.synchronize()
         self._kept = None
 
+    @property
+    def has_run(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
 
 class ImmediateLane(CopyLane):
     """A plain CPU, which has one stream: all is done at once."""
@@ -195,6 +204,10 @@ class _Arrived(Arrival):
 
     def synchronize(self) -> None:
         pass
+
+    @property
+    def has_run(self) -> bool:
+        return True
 
 
 class SimulatedLane(CopyLane):
@@ -341,6 +354,10 @@ class _LateArrival(Arrival):
 
     def synchronize(self) -> None:
         self.wait()
+
+    @property
+    def has_run(self) -> bool:
+        return self._work.is_done
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -17,8 +18,10 @@ class PeakReading:
 
     Attributes:
         device_bytes: allocated on the device now; 0 on a CPU.
+        device_reserved_bytes: held by torch's allocator now, its unused blocks included; 0 on a CPU.
         device_peak_bytes: most that was allocated on the device since the last reset; 0 on a CPU.
         device_reserved_peak_bytes: most that torch's allocator held, its unused blocks included; 0 on a CPU.
+        host_bytes: the process's resident memory now; 0 where the system does not say.
         host_peak_bytes: the process's largest resident memory so far.
     """
 
@@ -26,6 +29,8 @@ class PeakReading:
     device_peak_bytes: int
     device_reserved_peak_bytes: int
     host_peak_bytes: int
+    device_reserved_bytes: int = 0
+    host_bytes: int = 0
 
 
 class PeakMemory:
@@ -55,7 +60,7 @@ class PeakMemory:
         """Return the peaks since the last reset, intervals or not; never waits for the device."""
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         if self._device.type != "cuda":
-            return PeakReading(0, 0, 0, host)
+            return PeakReading(0, 0, 0, host, host_bytes=_resident_bytes())
         # torch's functions for a single counter each have the allocator write down all of them.
         counters = torch.cuda.memory_stats(self._device)
         return PeakReading(
@@ -63,6 +68,8 @@ class PeakMemory:
             device_peak_bytes=max(self._peak_bytes, counters.get("allocated_bytes.all.peak", 0)),
             device_reserved_peak_bytes=max(self._reserved_peak_bytes, counters.get("reserved_bytes.all.peak", 0)),
             host_peak_bytes=host,
+            device_reserved_bytes=counters.get("reserved_bytes.all.current", 0),
+            host_bytes=_resident_bytes(),
         )
 
     def interval_peak_bytes(self) -> int:
@@ -90,3 +97,11 @@ class PeakMemory:
         self._peak_bytes = max(self._peak_bytes, peak)
         self._reserved_peak_bytes = max(self._reserved_peak_bytes, counters.get("reserved_bytes.all.peak", 0))
         torch.cuda.reset_peak_memory_stats(self._device)
+
+
+def _resident_bytes() -> int:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):  # no Linux
+        return 0
+    return pages * resource.getpagesize()

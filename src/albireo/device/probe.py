@@ -37,6 +37,7 @@ class MachineFacts:
         nccl: version that torch brings along.
         has_gloo: torch can speak between processes on the host.
         compiler: path of a C++ compiler, which torch.compile needs for a CPU.
+        peft: version.
     """
 
     system: str
@@ -54,6 +55,7 @@ class MachineFacts:
     nccl: str | None
     has_gloo: bool
     compiler: str | None
+    peft: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def probe_machine(root: Path = Path("/")) -> MachineFacts:
         torch=torch.__version__,
         transformers=_version("transformers"),
         datasets=_version("datasets"),
+        peft=_version("peft"),
         triton=_version("triton"),
         cuda=torch.version.cuda,
         driver=_driver(root),

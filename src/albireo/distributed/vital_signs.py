@@ -65,7 +65,7 @@ _ACTIVITIES = (
     ("/plugins/state_files.py", "save_optimizer", "saving"),
     ("/training/session.py", "_export", "saving"),
     ("/training/assemble.py", "_build_state", "building the model"),
-    ("/training/text.py", "load_run_data", "reading data"),
+    ("/recipe.py", "load_data", "reading data"),
 )
 _STEP_PARTS = {"backward": "backward", "step": "optimizer step", "clip_grad_by_norm": "clipping"}
 _STEP_ROOMS = ("/optim/", "/sharding/", "/plugins/")

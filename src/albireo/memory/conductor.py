@@ -72,6 +72,7 @@ class Conductor:
         on_backward_enters: called with the chunks that belong to none but units whose backward had begun before the one
             that begins.
         backwards: how many backwards this step has had.
+        was_lost: the step before did not do what its trace says.
     """
 
     def __init__(
@@ -93,10 +94,14 @@ class Conductor:
         self._manager = manager
         self._collector = collector
         self._prefetch = prefetch
+        # Alone, a rank may do with less than was planned. With others it fetches what all fetch, in one order.
+        alone = all(chunk.ranks == 1 for chunk in manager.chunks)
+        self._no_room: tuple[type[Exception], ...] = (OutOfMemoryError, torch.OutOfMemoryError) if alone else ()
         self._in_backward = False
         self._in_forward = self._in_training_forward = False
         self._step_began = False
         self.backwards = 0
+        self.was_lost = False
         self.itinerary: Itinerary | None = None
         self.on_step_begins: Callable[[int], None] | None = None
         self.on_backward_enters: Callable[[frozenset[Chunk]], None] | None = None
@@ -180,14 +185,18 @@ class Conductor:
             use.inputs_pending -= 1
             self._finish_if_done(use)
 
-    def gradient_taken(self, parameter: nn.Parameter) -> None:
+    def gradient_came(self, chunk: Chunk, parameter: nn.Parameter) -> None:
         """A parameter's gradient has come.
+
+        Args:
+            chunk: the parameter's.
+            parameter: which.
 
         Raises:
             RuntimeError: its weights were away, so the gradient is NaN.
         """
         use = self._use_of_parameter[parameter]
-        if not all(chunk.is_current and chunk.arrival is None for chunk in use.chunks):
+        if not chunk.is_current or chunk.arrival is not None:
             raise RuntimeError(
                 f"the backward of {use.unit.name or 'the model'} has run while its weights were away: its outputs must be "
                 "what its forward returns (tensors, or lists, tuples and dicts of them), not attributes of the module"
@@ -228,6 +237,7 @@ class Conductor:
         self._step_began = False
         self.backwards = 0
         if self.itinerary is not None:
+            self.was_lost = self.itinerary.is_lost
             self.itinerary.restart()
 
     def _enter(self, use: _UnitUse, phase: Phase, *, observed: bool) -> None:
@@ -244,7 +254,7 @@ class Conductor:
             self._manager.begin(self._manager.chunks[number])
         if known is None:
             # Nobody has kept room for these: where there is none, they come when they are used.
-            with suppress(OutOfMemoryError):
+            with suppress(*self._no_room):
                 for chunk in self._neighbours(use, phase):
                     self._manager.begin(chunk)
 
@@ -252,9 +262,13 @@ class Conductor:
         for chunk in chunks:
             try:
                 self._manager.use(chunk)
-            except OutOfMemoryError:
-                # The room may be taken by what was fetched ahead and is not used after all.
-                self._let_go(self._manager.chunks)
+            except self._no_room:
+                # The room may be taken by what was fetched ahead, or kept for a use that is to come: a promise is worth
+                # less than an error.
+                used = {other for use in self._uses if use.is_active for other in use.chunks}
+                for other in self._manager.chunks:
+                    if other not in used:
+                        self._manager.drop(other)
                 self._manager.use(chunk)
 
     def _neighbours(self, use: _UnitUse, phase: Phase) -> Iterator[Chunk]:

@@ -25,7 +25,7 @@ from albireo.memory.stats import MemStatsCollector
 from albireo.memory.tensors import StatefulTensorManager, places_of
 from albireo.memory.units import Unit, find_units
 from albireo.optim import HostStepper, LossScale
-from albireo.sharding import FlatLayout, GradientOffload, Gradients, LocalGradients, ReducedGradients
+from albireo.sharding import FlatLayout, FlatParameters, GradientOffload, Gradients, LocalGradients, ReducedGradients
 from albireo.sharding.weight_source import WeightSource
 
 __all__ = ["Gemini", "Setting"]
@@ -117,7 +117,7 @@ class Gemini:
         )
         self.conductor.on_step_begins = self._begin_step
         self.conductor.on_backward_enters = self._pace
-        self.gradients.on_taken = lambda bucket, number: self.conductor.gradient_taken(bucket.parameters[number])
+        self.gradients.on_gradient = self._hear_gradient
         hook_units(units, self.conductor)
         self._optimizer: torch.optim.Optimizer | None = None
         # The trace of the largest batch so far, and how large that was.
@@ -125,7 +125,10 @@ class Gemini:
         # A simulated device holds chunks alone.
         elements = sum(chunk.numel for chunk in sizes if chunk.trained and chunk.dtype != torch.float32)
         self._step_bytes = 0 if setting.pool.is_simulated else 4 * min(elements, _STEP_ELEMENTS)
-        self._elements = 0
+        self._elements = self._watched = 0
+        self._accumulates = False
+        # How often a step that goes another way than the trace is watched anew: one that goes two ways would be for ever.
+        self._watches_left = 3
         self.placement = placement
 
     def wrap(
@@ -158,8 +161,14 @@ class Gemini:
         if make_stepper is not None:
             wrapped.make_host_steps = lambda: HostSteps(make_stepper(), self._setting.pool.to_device)
         wrapped.before_clip = self._end_backwards
+        wrapped.is_settled = lambda: self.is_settled
         self._optimizer = optimizer
         return wrapped
+
+    @property
+    def is_settled(self) -> bool:
+        """True if nothing is to be decided in this step: chunks stay where they are."""
+        return self._trace is not None and not self._collector.is_collecting
 
     def flush(self) -> None:
         """Finish steps that are under way, before weights or states are read."""
@@ -183,6 +192,10 @@ class Gemini:
             return LocalGradients(ordered, offload)
         return ReducedGradients(ordered, world, scatter=True, overlap=True, paced=True, offload=offload)
 
+    def _hear_gradient(self, bucket: FlatParameters, number: int) -> None:
+        if isinstance(bucket, Chunk):
+            self.conductor.gradient_came(bucket, bucket.parameters[number])
+
     def _is_on_host(self, bucket: object) -> bool:
         return isinstance(bucket, Chunk) and bucket.states_place == "host"
 
@@ -196,12 +209,17 @@ class Gemini:
     def _begin_step(self, elements: int) -> None:
         """See whether anything is known of a batch as large as this one."""
         elements = int(max(row[0] for row in self._setting.world.gather_numbers([float(elements)])))
-        if elements <= self._elements:
+        if elements <= self._elements and not (self.conductor.was_lost and self._watches_left > 0):
+            # A larger one may have begun and failed.
+            self._collector.is_collecting = False
             return
-        if self._trace is not None:
+        if elements <= self._elements:
+            # The order of uses is another one than was seen.
+            self._watches_left -= 1
+        elif self._trace is not None:
             # Before it is too late: activations grow as the batch does.
-            self._apply(self._planner.scaled(self._trace, elements / self._elements))
-        self._elements = elements
+            self._apply(self._planner.scaled(self._trace, elements / self._elements), accumulates=self._accumulates)
+        self._watched = max(elements, self._elements)
         self._collector.start()
 
     def _end_backwards(self) -> None:
@@ -209,16 +227,19 @@ class Gemini:
         if self._collector.is_collecting:
             trace = self._collector.finish(self._setting.world, step_bytes=self._step_bytes)
             if len(trace) > 1:
-                self._apply(trace)
-                self._trace = trace
+                self._accumulates = self.conductor.backwards > 1
+                self._apply(trace, accumulates=self._accumulates)
+                self._trace, self._elements = trace, self._watched
 
-    def _apply(self, trace: Trace) -> None:
-        self.placement = self._planner.place(trace, accumulates=self.conductor.backwards > 1)
+    def _apply(self, trace: Trace, *, accumulates: bool) -> None:
+        self.placement = self._planner.place(trace, accumulates=accumulates)
         offload = self.gradients.offload
         for chunk in self.manager.apply(self.placement, self._optimizer):
             self.gradients.recall(chunk)
             if offload is not None:
                 offload.release(chunk)
+        # Of those whose states went to the host, gradients follow before anything is done to them.
+        self.gradients.send_kept()
         self.conductor.itinerary = Itinerary(trace, self.placement)
         self._setting.say(self._planner.describe(self.placement))
 

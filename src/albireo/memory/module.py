@@ -23,8 +23,7 @@ def hook_units(units: Sequence[Unit], conductor: Conductor) -> None:
         conductor: who hears.
     """
     for unit in units:
-        # A user may have compiled a block with its hooks (`block.compile()`): these are not for a compiler.
-        before, after = (torch.compiler.disable(h(unit, conductor)) for h in (_before_forward, _after_forward))
+        before, after = _not_compiled(_before_forward(unit, conductor)), _not_compiled(_after_forward(unit, conductor))
         unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         unit.module.register_forward_hook(after)
     root = units[-1]
@@ -33,7 +32,13 @@ def hook_units(units: Sequence[Unit], conductor: Conductor) -> None:
     for module in root.module.modules():
         # Somebody may call a part of the model without the whole, to generate for instance.
         if module is not root.module and id(module) not in within and mine & set(module.parameters(recurse=False)):
-            module.register_forward_pre_hook(torch.compiler.disable(_before_part(conductor)), prepend=True)
+            module.register_forward_pre_hook(_not_compiled(_before_part(conductor)), prepend=True)
+
+
+def _not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """Keep a hook from the compiler: a user may have compiled a block with its hooks (`block.compile()`)."""
+    kept: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return kept
 
 
 def _before_part(conductor: Conductor) -> Callable[..., None]:
@@ -48,6 +53,9 @@ def _before_forward(unit: Unit, conductor: Conductor) -> Callable[..., None]:
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         # A recomputation has the same inputs as the forward, which are hooked already.
         hooked = [] if conductor.in_backward else [value for value in inputs if value.requires_grad]
+        if any(value.is_leaf for value in hooked):
+            # A leaf lives on, and so would its hooks: what the unit has frozen stays to the end of backward.
+            hooked = []
         conductor.enter_forward(unit, sum(value.numel() for value in inputs))
         if hooked and torch.is_grad_enabled():
             conductor.expect_inputs(unit, len(hooked))

@@ -9,10 +9,10 @@ import torch
 from albireo.distributed import World
 from albireo.memory.chunk import Chunk
 from albireo.memory.conductor import Conductor
-from albireo.memory.host_steps import HostSteps
+from albireo.memory.host_steps import HostSteps, SentGradient
 from albireo.memory.tensors import StatefulTensorManager
 from albireo.optim import LossScale
-from albireo.sharding import Fragment, Gradients, ShardedOptimizer
+from albireo.sharding import FlatParameters, Fragment, Gradients, ShardedOptimizer
 
 __all__ = ["GeminiOptimizer"]
 
@@ -34,6 +34,7 @@ class GeminiOptimizer(ShardedOptimizer):
         make_host_steps: makes what steps chunks on the host, beside the next forward, when it is first needed; None:
             torch's own optimizer steps them, within `step`.
         before_clip: called once a step, after its last backward and before anything is done with the gradients.
+        is_settled: returns True if chunks stay where they are in this step.
     """
 
     def __init__(
@@ -53,8 +54,20 @@ class GeminiOptimizer(ShardedOptimizer):
         self._conductor = conductor
         self._chunks = chunks
         self._placed = False
+        self._steps_early = False
         self.make_host_steps: Callable[[], HostSteps] | None = None
         self.before_clip: Callable[[], None] | None = None
+        self.is_settled: Callable[[], bool] | None = None
+
+    def expect_step(self, max_norm: float) -> None:
+        """See the base class: without a bound on the norm, chunks on the host are stepped as their gradients arrive.
+
+        Not in fp16, where an overflow is known after backward alone, and not over several ranks, where what is used
+        anywhere is.
+        """
+        clips = max_norm > 0 or self._max_norm > 0
+        alone = self._world.world_size == 1 and self._loss_scale is None
+        self._steps_early = alone and not clips and self.is_settled is not None and self.is_settled()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss's gradients; see the base class. Steps that are still under way are finished first.
@@ -63,8 +76,23 @@ class GeminiOptimizer(ShardedOptimizer):
             Exception: what stopped the host stepper.
         """
         self._placed = False
+        early, self._steps_early = self._steps_early, False
         with self._conductor.backward():
-            super().backward(loss)
+            offload = self._gradients.offload
+            steps = self._host_steps() if early and offload is not None and self._on_host() else None
+            if steps is None or offload is None:
+                super().backward(loss)
+                return
+            # Steps count as changes of ours, and would cover those of others.
+            for chunk in self._chunks:
+                chunk.check_untouched()
+            # A gradient comes after all that still reads its weights.
+            steps.open(1.0, fenced=False)
+            offload.on_sent = self._hand_over
+            try:
+                super().backward(loss)
+            finally:
+                offload.on_sent = None
 
     def clip_grad_by_norm(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Unscale the gradients, and clip them by their global norm; see the base class."""
@@ -78,10 +106,15 @@ class GeminiOptimizer(ShardedOptimizer):
         super().step(closure)
         self._conductor.end_step()
 
-    def abandon_step(self) -> None:
+    def abandon_step(self, *, reduced: bool = False) -> None:
         """Forget a step that failed on this rank, so that it fails on all."""
-        super().abandon_step()
-        self._conductor.abandon()
+        self._steps_early = False
+        try:
+            if self._manager.host_steps is not None:
+                self._manager.host_steps.abandon()
+        finally:
+            super().abandon_step(reduced=reduced)
+            self._conductor.abandon()
 
     def flush(self) -> None:
         """Finish steps that are under way.
@@ -102,18 +135,43 @@ class GeminiOptimizer(ShardedOptimizer):
             self.before_clip()
 
     def _step_all(self) -> None:
-        host = [chunk for chunk in self._chunks if chunk.states_place == "host"]
-        if host and self.make_host_steps is not None:
-            if self._manager.host_steps is None:
-                self._manager.host_steps = self.make_host_steps()
-            factor = self._gradients.factor
-            self._manager.host_steps.begin(
-                host, self._host_gradient, 1.0 if factor is None else float(factor), self._manager.stale
-            )
-        elif host:
+        try:
+            self._step_both_sides()
+        except BaseException:
+            if self._manager.host_steps is not None:
+                self._manager.host_steps.abandon(begun=True)
+            raise
+
+    def _step_both_sides(self) -> None:
+        host = self._on_host()
+        steps = self._host_steps() if host else None
+        if steps is None:
             self._step_where_states_are(host)
+        else:
+            if not steps.is_open:
+                factor = self._gradients.factor
+                steps.open(1.0 if factor is None else float(factor), fenced=True)
+            for chunk in host:
+                # What has no gradient of the last micro-batch has not been handed over in backward.
+                if not steps.has(chunk):
+                    self._hand_over(chunk)
+            steps.seal()
         self._step_where_states_are([chunk for chunk in self._chunks if chunk.states_place == "device"])
 
-    def _host_gradient(self, fragment: Fragment) -> tuple[torch.Tensor, Callable[[], object] | None] | None:
+    def _on_host(self) -> list[Chunk]:
+        return [chunk for chunk in self._chunks if chunk.states_place == "host"]
+
+    def _host_steps(self) -> HostSteps | None:
+        """Return what steps on the host beside the rest; made when it is first needed."""
+        if self._manager.host_steps is None and self.make_host_steps is not None:
+            self._manager.host_steps = self.make_host_steps()
+        return self._manager.host_steps
+
+    def _hand_over(self, bucket: FlatParameters) -> None:
+        steps = self._manager.host_steps
+        if steps is not None and isinstance(bucket, Chunk):
+            steps.hand_over(bucket, self._sent_gradient, self._manager.stale)
+
+    def _sent_gradient(self, fragment: Fragment) -> SentGradient | None:
         offload = self._gradients.offload
         return None if offload is None else offload.in_flight(fragment)

@@ -49,12 +49,14 @@ class ChunkSizes:
         master = 0 if self.dtype == torch.float32 else _FP32
         wide = accumulates or self.ranks > 1
         gradients = part * (_FP32 if wide else self.dtype.itemsize)
+        # Alone, the first micro-batch's gradients came in 16 bits, and have had a buffer of their own.
+        narrow = part * self.dtype.itemsize if accumulates and self.ranks == 1 and self.dtype != torch.float32 else 0
         return ChunkBytes(
             weights=self.weights,
             shard=part * self.dtype.itemsize,
             states=part * (master + _MOMENTS) if self.trained else 0,
             gradients=gradients if self.trained else 0,
-            host_gradients=gradients if self.trained else 0,
+            host_gradients=gradients + narrow if self.trained else 0,
             trained=self.trained,
             is_root=self.is_root,
             ranks=self.ranks,

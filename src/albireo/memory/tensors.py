@@ -124,6 +124,9 @@ class StatefulTensorManager:
             The chunks whose states came to the device.
         """
         self.flush()
+        # Host memory is let go of below: no copy may still read it or write it.
+        for lane in (self._pool.to_device, self._pool.to_host, self._pool.gather):
+            lane.drain()
         came = []
         # What leaves goes first, so that there is room for what comes.
         for chunk in sorted(self.chunks, key=lambda chunk: chunk.number in placement.states_on_device):
@@ -145,7 +148,7 @@ class StatefulTensorManager:
         """Weights were stepped where the computing is."""
         if chunk.writes_back:
             self._wait_for_home(chunk)
-            narrow = chunk.master.to(chunk.dtype)
+            narrow = chunk.master.to(chunk.dtype, copy=True)
             self._pool.to_host.follow()
             chunk.home_arrival = self._pool.to_host.copy(chunk.home, narrow)
             self._outgoing[chunk] = narrow

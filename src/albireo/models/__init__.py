@@ -8,6 +8,7 @@ from albireo.models.choice import ModelChoice, fetch_model, resolve_model
 from albireo.models.compiling import compile_blocks
 from albireo.models.families import FAMILIES, count_parameters, family_of
 from albireo.models.family import Family, Size
+from albireo.models.gpt2 import GPT2
 from albireo.models.initialise import InitialValues, initial_values, initialise, initialise_module
 from albireo.models.lazy import LazyInitContext, LazyWeights, lazy_source_of
 from albireo.models.opt import OPT
@@ -17,6 +18,7 @@ from albireo.models.weight_sources import FolderWeights, RandomWeights
 
 __all__ = [
     "FAMILIES",
+    "GPT2",
     "OPT",
     "Family",
     "FolderWeights",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +58,8 @@ def configure_model(
         )
     lines: list[str] = []
     if vocabulary is not None:
+        if not choice.family.has_padding_row:
+            vocabulary = dataclasses.replace(vocabulary, pad=None)
         fits = choice.size is not None and choice.family.sizes[choice.size].fits_vocabulary
         changes, lines = reconcile_vocabulary(config, vocabulary, init=init, fits_vocabulary=fits)
         config.update(changes)

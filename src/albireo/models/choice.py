@@ -58,13 +58,15 @@ class ModelChoice:
         options = {**_read_config(path), **self.family.dropout_options(dropout)}
         for name in _NOT_TAKEN_OVER:
             options.pop(name, None)
+        if not self.family.has_padding_row:
+            options["pad_token_id"] = None
         try:
             return self.family.make_config(options)
         except Exception as error:  # whatever a wrong value makes the configuration's own checks raise
             raise ModelError(f"{path} describes no {self.family.name} model: {error}") from error
 
 
-def resolve_model(name: str) -> ModelChoice:
+def resolve_model(name: str, family: Family | None = None) -> ModelChoice:
     """Find out which model a name means.
 
     A size comes before a folder of the same name, and a folder before a name on the hub; for that alone the network
@@ -72,21 +74,31 @@ def resolve_model(name: str) -> ModelChoice:
 
     Args:
         name: a size such as `125m` or `6.7`, a Hugging Face folder, or a hub id such as `facebook/opt-125m`.
+        family: which family it must be of, and whose sizes are meant. None: of any; a size that several have is the
+            first one's.
 
     Raises:
-        ModelError: there is no such model, or it is of no supported family.
+        ModelError: there is no such model, or it is of another family or of none that is supported.
     """
-    for family in FAMILIES.values():
-        size = family.parse_size(name)
+    families = list(FAMILIES.values()) if family is None else [family]
+    for candidate in families:
+        size = candidate.parse_size(name)
         if size is not None:
-            return ModelChoice(name, family, size=size, hub_id=family.sizes[size].hub_id)
+            return ModelChoice(name, candidate, size=size, hub_id=candidate.sizes[size].hub_id)
     path = Path(name).expanduser()
     if name.strip() and path.exists():
-        return _in_folder(name, path)
-    if not _HUB_ID.fullmatch(name):
-        sizes = ", ".join(size for family in FAMILIES.values() for size in family.sizes)
+        choice = _in_folder(name, path)
+    elif not _HUB_ID.fullmatch(name):
+        sizes = ", ".join(size for candidate in families for size in candidate.sizes)
         raise ModelError(f"there is no model {name!r}: expected one of {sizes}, a Hugging Face folder, or a hub id")
-    return dataclasses.replace(_in_folder(name, download_model(name, weights=False)), hub_id=name)
+    else:
+        choice = dataclasses.replace(_in_folder(name, download_model(name, weights=False)), hub_id=name)
+    if choice.family not in families:
+        raise ModelError(
+            f"the model in {name} is of type {choice.family.name!r}, and this recipe trains {families[0].name!r}: take "
+            f"another model, or `albireo train {choice.family.name}`"
+        )
+    return choice
 
 
 def fetch_model(choice: ModelChoice) -> ModelChoice:

@@ -20,7 +20,12 @@ __all__ = ["compile_blocks"]
 
 
 def compile_blocks(
-    model: PreTrainedModel, family: Family, *, checkpointing: bool = False, preserve_rng_state: bool = True
+    model: PreTrainedModel,
+    family: Family,
+    *,
+    checkpointing: bool = False,
+    preserve_rng_state: bool = True,
+    ragged: bool = False,
 ) -> int:
     """Have every block's forward compiled at its first call.
 
@@ -37,6 +42,7 @@ def compile_blocks(
         checkpointing: keep only what goes into a block, and compute the rest again in the backward; but the last block
             keeps all, since its backward comes at once. It is compiled by itself.
         preserve_rng_state: recompute with the random state of the forward, as dropout needs.
+        ragged: batches have different shapes: compile for all of them at once, and not for the first one first.
 
     Returns:
         How many blocks there are.
@@ -59,5 +65,5 @@ def compile_blocks(
     for number, (_, block) in enumerate(blocks, 1):
         forward = MethodType(recomputed, block) if checkpointing and number < len(blocks) else block.forward
         # On the instance, so that neither the class nor another model of it changes.
-        block.forward = torch.compile(forward)
+        block.forward = torch.compile(forward, dynamic=True if ragged else None)
     return len(blocks)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from albireo.errors import ModelError
 from albireo.models.family import Family
+from albireo.models.gpt2 import GPT2
 from albireo.models.opt import OPT
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "count_parameters", "family_of"]
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({OPT.name: OPT})
+FAMILIES: Mapping[str, Family] = MappingProxyType({OPT.name: OPT, GPT2.name: GPT2})
 
 
 def family_of(model_type: str) -> Family:

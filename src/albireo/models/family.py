@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,14 @@ class Family:
         no_dropout_names: options of other kinds of dropout, which are always 0 here.
         prefixes: older beginnings of names in files of weights, each with today's.
         obsolete_names: names in older files that hold no weight.
+        obsolete_endings: the same, by the ends of names.
+        lora_targets: the modules that get an adapter, by the last parts of their names.
+        aliases: other names of sizes.
+        std_name: the option with the standard deviation of random weights.
+        residual_endings: ends of the names of weights that write to the residual stream and begin smaller, by the root
+            of how many there are.
+        has_padding_row: the embedding keeps a row of zeros for the padding id. Without one, padding is the business of
+            whoever makes the batches, and the model knows no such id.
     """
 
     name: str
@@ -65,6 +74,12 @@ class Family:
     no_dropout_names: tuple[str, ...]
     prefixes: Mapping[str, str]
     obsolete_names: tuple[str, ...]
+    lora_targets: tuple[str, ...]
+    obsolete_endings: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    std_name: str = "init_std"
+    residual_endings: tuple[str, ...] = ()
+    has_padding_row: bool = True
 
     def parse_size(self, name: str) -> str | None:
         """Return the size that a user means by `1.3b`, `1.3`, `OPT-1.3B`; None if it is no size of this family.
@@ -73,6 +88,7 @@ class Family:
             name: as typed. A hub id, with a slash, is never a size.
         """
         text = name.strip().lower().removeprefix(f"{self.name}-")
+        text = self.aliases.get(text, text)
         if text in self.sizes:
             return text
         matches = [size for size in self.sizes if size[:-1] == text and text[-1:].isdigit()]
@@ -151,6 +167,22 @@ class Family:
         """
         positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
         return {"input_ids": input_ids, "position_ids": positions[None], "use_cache": False}
+
+    def is_obsolete(self, name: str) -> bool:
+        """Return True if a name in an older file holds no weight."""
+        return name in self.obsolete_names or name.endswith(self.obsolete_endings)
+
+    def weight_std(self, name: str, config: PreTrainedConfig) -> float:
+        """Return the standard deviation with which a random weight begins.
+
+        Args:
+            name: the weight's name in the model.
+            config: the model's.
+        """
+        std = float(getattr(config, self.std_name))
+        if self.residual_endings and name.endswith(self.residual_endings):
+            std /= math.sqrt(2 * config.num_hidden_layers)  # attention and MLP of each block
+        return std
 
     def max_sequence_length(self, config: PreTrainedConfig) -> int:
         """Return how many tokens a text can have."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from albireo.errors import ModelError
+from albireo.models.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -84,8 +85,8 @@ class InitialValues:
 def initial_values(module: nn.Module, name: str, seed: int, config: PreTrainedConfig) -> dict[str, InitialValues]:
     """Return how a module's own parameters begin, by their names in it; those of its children are left out.
 
-    As transformers' `_init_weights` for the family: weights of linear layers and embeddings are normal with
-    `config.init_std`, an embedding's padding row and all biases are 0, norms are 1.
+    As transformers' `_init_weights` for the family: weights of linear layers and embeddings are normal with the
+    family's standard deviation, an embedding's padding row and all biases are 0, norms are 1.
 
     Args:
         module: the module; only its type and its parameters' shapes are read, so it may be on the meta device.
@@ -96,18 +97,21 @@ def initial_values(module: nn.Module, name: str, seed: int, config: PreTrainedCo
     Raises:
         ModelError: nobody knows how to begin this type of module.
     """
+    from transformers.pytorch_utils import Conv1D
+
     values = {}
+    family = family_of(config.model_type)
     for parameter_name, parameter in module.named_parameters(recurse=False):
         qualified, size = f"{name}.{parameter_name}", parameter.numel()
-        if isinstance(module, (nn.Linear, nn.Embedding)) and parameter_name == "weight":
+        if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) and parameter_name == "weight":
             padding = range(0)
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 width = module.embedding_dim
                 padding = range(module.padding_idx * width, (module.padding_idx + 1) * width)
-            value = InitialValues(qualified, seed, size, std=config.init_std, zeros=padding)
+            value = InitialValues(qualified, seed, size, std=family.weight_std(qualified, config), zeros=padding)
         elif isinstance(module, nn.LayerNorm) and parameter_name == "weight":
             value = InitialValues(qualified, seed, size, mean=1.0)
-        elif isinstance(module, (nn.Linear, nn.LayerNorm)) and parameter_name == "bias":
+        elif isinstance(module, (nn.Linear, nn.LayerNorm, Conv1D)) and parameter_name == "bias":
             value = InitialValues(qualified, seed, size)
         else:
             raise ModelError(

@@ -65,5 +65,6 @@ OPT = Family(
     dropout_names=("dropout",),
     no_dropout_names=("attention_dropout", "layerdrop"),
     prefixes=MappingProxyType({"decoder.": "model.decoder."}),
+    lora_targets=("q_proj", "v_proj"),
     obsolete_names=("model.decoder.version",),
 )

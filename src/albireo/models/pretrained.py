@@ -124,7 +124,7 @@ def places_of_weights(files: list[Path], targets: Mapping[str, Tensor], family: 
         with _opened(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118  no mapping: it has no other way to list its names
                 name = _own_name(key, targets, family)
-                if name in family.obsolete_names:
+                if family.is_obsolete(name):
                     continue
                 if name not in targets:
                     raise ModelError(f"{file} holds {key}, which the model of its config.json has no place for")

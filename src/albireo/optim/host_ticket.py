@@ -51,6 +51,11 @@ class Ticket:
         return self._sealed
 
     @property
+    def submitted(self) -> int:
+        """How many items have been submitted."""
+        return len(self._submitted)
+
+    @property
     def done(self) -> int:
         """How many items are done: those with an index below this number. Their `on_done` has returned."""
         return self._done
@@ -133,6 +138,17 @@ class Ticket:
         if not 0 <= index < len(self._submitted):
             raise ValueError(f"the ticket has {len(self._submitted)} items, none of index {index}")
         self._worker.wait_until(lambda: self._done > index)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Block until something holds that comes to hold when an item is done.
+
+        Args:
+            condition: looked at after each item.
+
+        Raises:
+            Exception: what stopped the worker.
+        """
+        self._worker.wait_until(condition)
 
     def __enter__(self) -> Self:
         """Return the ticket."""

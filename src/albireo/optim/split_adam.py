@@ -72,6 +72,10 @@ class SplitAdam:
             return False
         return all(
             group.get("fused") is True
+            # Whether a decay in the gradient is rounded before it is added was the compiler's choice, and it chose
+            # otherwise for some elements of torch's kernel than for others. Where decay and gradient cancel, moments
+            # differ by any number of units, and what is nearly zero steps as far as anything.
+            and (bool(group.get("decoupled_weight_decay")) or not group["weight_decay"])
             # A rate on the device would be waited for.
             and not isinstance(group["lr"], torch.Tensor)
             and not any(group.get(variant) for variant in ("amsgrad", "differentiable", "capturable"))

@@ -59,6 +59,13 @@ class OptimizerWrapper:
         """Return the gradients that there are, in the groups' order."""
         return [p.grad for group in self.optim.param_groups for p in group["params"] if p.grad is not None]
 
+    def expect_step(self, max_norm: float) -> None:
+        """Hear that the next backward is a step's last, and that the step follows with the values that groups have now.
+
+        Args:
+            max_norm: the bound to which gradients will be clipped; 0: none.
+        """
+
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss's gradients to the parameters'.
 
@@ -132,8 +139,12 @@ class OptimizerWrapper:
         """Return by what the gradients are larger than they should be, a scalar on the device; None: by nothing."""
         return None
 
-    def abandon_step(self) -> None:
-        """Forget a step that failed on this rank."""
+    def abandon_step(self, *, reduced: bool = False) -> None:  # noqa: ARG002  where ranks share gradients, it matters
+        """Forget a step that failed on this rank.
+
+        Args:
+            reduced: it failed after the last backward, so that no rank waits for this one's gradients.
+        """
         self.zero_grad()
 
     def scaler_state(self) -> dict[str, float]:

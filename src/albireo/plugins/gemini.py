@@ -26,8 +26,10 @@ from albireo.sharding.weight_source import ParameterValues, WeightSource
 
 __all__ = ["GeminiPlugin"]
 
-# The share of what torch's allocator may take that a plan gives out: some of it lies in pieces that fit nothing.
-_USABLE = 0.96
+# What a plan leaves of the room that torch's allocator has, for pieces that fit nothing: they are of the size of
+# activations, so of small rooms it is a larger share (7 GB: 0.34 GB were lost so).
+_LEFT_BYTES = int(0.7 * 2**30)
+_LEFT_SHARES = 0.04, 0.1
 
 
 class _GeminiModel(ShardedModel):
@@ -193,7 +195,9 @@ class GeminiPlugin(PartsPlugin):
     def _setting(self, world: World, pool: DevicePool) -> Setting:
         device: int | None = self._mem_cap_bytes
         if world.device.type == "cuda":
-            device = int(device_room_bytes(world.device, self._mem_cap_bytes or 0) * _USABLE)
+            room = device_room_bytes(world.device, self._mem_cap_bytes or 0)
+            least, most = (int(share * room) for share in _LEFT_SHARES)
+            device = room - min(max(least, _LEFT_BYTES), most)
         peaks = self.peaks(world.device)
         return Setting(
             world=world,

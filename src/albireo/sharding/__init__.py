@@ -9,7 +9,7 @@ from albireo.sharding.optimizer import ShardedOptimizer, steps_in_parts
 from albireo.sharding.part_optimizer import PartOptimizer
 from albireo.sharding.reduced_gradients import ReducedGradients
 from albireo.sharding.state import fragment_slice, optimizer_slices, restore_optimizer
-from albireo.sharding.weight_source import ParameterValues, WeightSource
+from albireo.sharding.weight_source import ParameterValues, WeightSource, WithOwnValues
 
 __all__ = [
     "ALIGNMENT",
@@ -28,6 +28,7 @@ __all__ = [
     "Segment",
     "ShardedOptimizer",
     "WeightSource",
+    "WithOwnValues",
     "fragment_slice",
     "make_buckets",
     "optimizer_slices",

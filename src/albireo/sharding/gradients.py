@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ class Gradients(ABC):
     Attributes:
         buckets: the same.
         offload: the same.
-        on_taken: called with a bucket and a segment's number when that parameter's gradient has been taken.
+        on_gradient: called with a bucket and a segment's number when that parameter's gradient has come, before it is
+            taken.
     """
 
     def __init__(self, buckets: Sequence[FlatParameters], offload: GradientOffload | None = None) -> None:
@@ -38,7 +40,7 @@ class Gradients(ABC):
         self._more_to_come = False
         self._reducing = True
         self._factor: torch.Tensor | None = None
-        self.on_taken: Callable[[FlatParameters, int], None] | None = None
+        self.on_gradient: Callable[[FlatParameters, int], None] | None = None
         for bucket in self.buckets:
             for number, parameter in enumerate(bucket.parameters):
                 parameter.register_post_accumulate_grad_hook(self._hook(bucket, number))  # type: ignore[no-untyped-call]
@@ -119,6 +121,10 @@ class Gradients(ABC):
                 self._keep(fragment, gradient)
 
     @abstractmethod
+    def send_kept(self) -> None:
+        """Send what is kept of buckets whose gradients leave since their states went to the host; no rank waits."""
+
+    @abstractmethod
     def _keep(self, fragment: Fragment, gradient: torch.Tensor) -> None:
         """Keep a gradient on the device."""
 
@@ -197,22 +203,28 @@ class Gradients(ABC):
             torch._foreach_mul_(list(out), self._factor.to(out[0].device))
 
     def _hook(self, bucket: FlatParameters, number: int) -> Callable[[torch.Tensor], None]:
+        # Python's collector does not see through torch's hooks: one that holds its own parameter would never be freed.
+        owner, place = weakref.ref(self), self.buckets.index(bucket)
+
         def take(parameter: torch.Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is None:
-                return
-            if not self._taking:
-                raise RuntimeError(
-                    "sharded gradients are taken by booster.backward(loss, optimizer), not loss.backward()"
-                )
-            if gradient.layout != torch.strided:
-                raise ConfigError("sharding needs dense gradients: make the embedding with sparse=False")
-            with torch.no_grad():
-                self.take(bucket, number, gradient.detach())
-                if self.on_taken is not None:
-                    self.on_taken(bucket, number)
+            gradients = owner()
+            if gradients is not None:
+                gradients._take_from(parameter, gradients.buckets[place], number)  # noqa: SLF001  of this class
 
         return take
+
+    def _take_from(self, parameter: torch.Tensor, bucket: FlatParameters, number: int) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        if not self._taking:
+            raise RuntimeError("sharded gradients are taken by booster.backward(loss, optimizer), not loss.backward()")
+        if gradient.layout != torch.strided:
+            raise ConfigError("sharding needs dense gradients: make the embedding with sparse=False")
+        with torch.no_grad():
+            if self.on_gradient is not None:
+                self.on_gradient(bucket, number)
+            self.take(bucket, number, gradient.detach())
 
 
 class LocalGradients(Gradients):
@@ -282,6 +294,13 @@ class LocalGradients(Gradients):
         """See the base class."""
         gradients = [self._kept[p] for p in bucket.parameters if p in self._kept]
         return sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+
+    def send_kept(self) -> None:
+        """See the base class."""
+        for bucket in self.buckets:
+            self._send(bucket)
+        if self.offload is not None:
+            self.offload.settle()
 
     def _kept_of(self, bucket: FlatParameters) -> list[Fragment]:
         return [self._fragments[p] for p in bucket.parameters if p in self._kept]

@@ -43,6 +43,7 @@ class GradientOffload:
 
     Attributes:
         takes_each: the same.
+        on_sent: called with a bucket when some of its gradients are on their way.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class GradientOffload:
         self._lane = lane
         self._takes = takes
         self.takes_each = takes_each
+        self.on_sent: Callable[[FlatParameters], None] | None = None
         self._buffers: dict[tuple[FlatParameters, torch.dtype], torch.Tensor] = {}
         self._sent: dict[Fragment, _Sent] = {}
         # What is on its way keeps its memory until the current stream has been ordered behind the copy.
@@ -95,6 +97,8 @@ class GradientOffload:
         self._under_way_bytes += size
         while self._under_way_bytes > _ON_THEIR_WAY_BYTES:
             self._settle_oldest()
+        if self.on_sent is not None:
+            self.on_sent(bucket)
 
     def settle(self) -> None:
         """Order the current stream behind all that is under way, and let its device memory go."""
@@ -124,10 +128,10 @@ class GradientOffload:
         sent.arrival.synchronize()
         return sent.host
 
-    def in_flight(self, fragment: Fragment) -> tuple[torch.Tensor, Callable[[], object]] | None:
-        """Return a gradient's place in host memory, and what waits until it is there; None if none was sent."""
+    def in_flight(self, fragment: Fragment) -> tuple[torch.Tensor, Arrival] | None:
+        """Return a gradient's place in host memory, and when it is there; None if none was sent."""
         sent = self._sent.get(fragment)
-        return None if sent is None else (sent.host, sent.arrival.synchronize)
+        return None if sent is None else (sent.host, sent.arrival)
 
     def norm_of(self, fragment: Fragment) -> tuple[torch.Tensor, ...]:
         """Return the norm of a gradient that was sent, in parts, on the device; see `albireo.optim.norms_of`."""
@@ -143,6 +147,9 @@ class GradientOffload:
 
     def release(self, bucket: FlatParameters) -> None:
         """Let a bucket's host buffers go: its gradients have been recalled, and do not leave any more."""
+        if self._device.type == "cuda":
+            # What was recalled is copied from them.
+            torch.cuda.current_stream(self._device).synchronize()
         for key in [key for key in self._buffers if key[0] is bucket]:
             del self._buffers[key]
 
@@ -201,9 +208,9 @@ class OffloadedStep:
                 found = offload.in_flight(fragment)
                 if found is None:
                     continue
-                gradient, ready = found
+                gradient, arrival = found
                 stepped.append(fragment)
-                ticket.submit(fragment.master, gradient, output=self._outputs[fragment], ready=ready)
+                ticket.submit(fragment.master, gradient, output=self._outputs[fragment], ready=arrival.synchronize)
         ticket.wait()
         if arrivals:
             arrivals[-1].wait()

@@ -68,6 +68,8 @@ class ShardedOptimizer(PartOptimizer):
         self._overlap_gather = overlap_gather
         self._host_step = host_step
         self._scaled = False
+        # What the gradients have been multiplied by to bound their norm since they came.
+        self._clipped: torch.Tensor | None = None
         if in_halves and not self._in_parts:
             raise ConfigError(
                 "weights in halves are joined a part at a time, and this optimizer steps all at once: keep them in fp32"
@@ -114,7 +116,7 @@ class ShardedOptimizer(PartOptimizer):
             AlbireoError: it failed on another rank.
             RuntimeError: the gradients so far have been clipped.
         """
-        self._grad_norm = None
+        self._grad_norm = self._clipped = None
         if self._loss_scale is not None:
             self._scaled = True
             loss = loss * self._loss_scale.value
@@ -126,13 +128,8 @@ class ShardedOptimizer(PartOptimizer):
         """Unscale the gradients, and clip them by their global norm; see the base class."""
         if norm_type != 2.0:
             raise ConfigError(f"gradients are clipped by their Euclidean norm: norm_type is 2, not {norm_type}")
-        norm = self._norm()
-        factor = None
-        if max_norm > 0:
-            # The same small addend as torch.nn.utils.clip_grad_norm_.
-            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        self._scale_gradients(factor)
-        return norm
+        # Without a bound nothing is done to them yet: the step may have one.
+        return self._clip(max_norm) if max_norm > 0 else self._norm_now()
 
     def clip_grad_by_value(self, clip_value: float) -> None:
         """Refuse: 16-bit gradients cannot hold what was clipped.
@@ -170,7 +167,7 @@ class ShardedOptimizer(PartOptimizer):
         if self._gradients.has_unsent:
             self._gradients.finish()
         if not self._gradients.is_scaled:
-            self.clip_grad_by_norm(self._max_norm)
+            self._clip(self._max_norm)
         overflow = None
         if self._loss_scale is not None:
             # Exactly 1 or 0: a fused kernel takes any other number for no overflow.
@@ -188,16 +185,20 @@ class ShardedOptimizer(PartOptimizer):
         # A step that was left out for an overflow is a step to a schedule: torch is not to warn of a wrong order.
         vars(self.optim)["_opt_called"] = True
 
-    def abandon_step(self) -> None:
+    def abandon_step(self, *, reduced: bool = False) -> None:
         """Forget a step that failed on this rank, so that it fails on all."""
-        self._gradients.abandon()
-        self._grad_norm = None
+        if reduced:
+            # No rank waits for this one's gradients any more.
+            self._gradients.clear()
+        else:
+            self._gradients.abandon()
+        self._grad_norm = self._clipped = None
         self._scaled = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  gradients are never kept as zeros
         """Forget the gradients."""
         self._gradients.clear()
-        self._grad_norm = None
+        self._grad_norm = self._clipped = None
         self._scaled = False
 
     def gradient_scale(self) -> torch.Tensor | None:
@@ -210,6 +211,22 @@ class ShardedOptimizer(PartOptimizer):
     def _steps_on_device(self) -> bool:
         """True if all that is stepped lies where the flag of an overflow does."""
         return self._host_step is None
+
+    def _clip(self, max_norm: float) -> torch.Tensor:
+        """Unscale the gradients and clip them, and return their norm of before."""
+        norm = self._norm_now()
+        factor = None
+        if max_norm > 0:
+            # The same small addend as torch.nn.utils.clip_grad_norm_.
+            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+            self._clipped = factor if self._clipped is None else self._clipped * factor
+        self._scale_gradients(factor)
+        return norm
+
+    def _norm_now(self) -> torch.Tensor:
+        """Return the gradients' norm as they are after the clips so far."""
+        norm = self._norm()
+        return norm if self._clipped is None else norm * self._clipped
 
     def _norm(self) -> torch.Tensor:
         """Return the true global norm of the step's gradients as they were before clipping."""

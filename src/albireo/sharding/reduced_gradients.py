@@ -184,6 +184,13 @@ class ReducedGradients(Gradients):
             return None if self.offload is None else self.offload.of(fragment)
         return reduced[fragment.cut.offset : fragment.cut.offset + fragment.cut.numel]
 
+    def send_kept(self) -> None:
+        """See the base class."""
+        for filling in self._fillings:
+            self._offload(filling)
+        if self.offload is not None:
+            self.offload.settle()
+
     def _keep(self, fragment: Fragment, gradient: torch.Tensor) -> None:
         filling = self._fillings[self._places[fragment.parameter]]
         if filling.reduced is None:
@@ -251,6 +258,8 @@ class ReducedGradients(Gradients):
                 filling.reduced = result.mul_(mean) if self._scatter else result * mean
             else:
                 filling.reduced.add_(result, alpha=mean)
+            # With an all-reduce it still holds the whole buffer.
+            del transfer, result
             self._offload(filling)
 
     def _offload(self, filling: _Filling) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from albireo.errors import ConfigError
 
-__all__ = ["ParameterValues", "WeightSource", "check_range"]
+__all__ = ["ParameterValues", "WeightSource", "WithOwnValues", "check_range"]
 
 
 class WeightSource(Protocol):
@@ -58,6 +58,33 @@ class ParameterValues:
 
     def close(self) -> None:
         """Do nothing: nothing is held."""
+
+
+class WithOwnValues:
+    """The source for a model some of whose parameters have memory, such as an adapter's on a model without.
+
+    Args:
+        source: of those on the meta device; it is closed with this one.
+    """
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._own = ParameterValues()
+
+    def fill(self, parameter: nn.Parameter, start: int, out: torch.Tensor) -> None:
+        """Copy a range of the parameter, or have the source fill it; see `WeightSource.fill`.
+
+        A range of one in memory must be asked for before it is given other memory.
+
+        Raises:
+            ConfigError: the parameter is not the model's, or has no such elements.
+            ModelError: the values cannot be read.
+        """
+        (self._source if parameter.is_meta else self._own).fill(parameter, start, out)
+
+    def close(self) -> None:
+        """Close the source."""
+        self._source.close()
 
 
 def check_range(numel: int, start: int, out: torch.Tensor) -> None:

@@ -7,37 +7,43 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
+from albireo.adapters import own_names
 from albireo.booster import Booster
 from albireo.checkpoint import Checkpoint, newest_whole, open_checkpoint, tidy
 from albireo.config import RunConfig, config_to_mapping
 from albireo.data import BatchLayout, steps_for
-from albireo.device import apply_device_cap, describe_device, device_total_bytes, read_host_memory, seed_everything
+from albireo.device import (
+    apply_device_cap,
+    describe_device,
+    device_total_bytes,
+    read_host_memory,
+    seed_everything,
+)
 from albireo.distributed import World, process_group
 from albireo.errors import CheckpointError, ConfigError
 from albireo.files import FileOperations
 from albireo.models import Family, compile_blocks, enable_activation_checkpointing
-from albireo.ops import default_piece_rows
 from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
 from albireo.plugins import Plugin, make_plugin
 from albireo.sharding import WeightSource
-from albireo.training.causal_lm import CausalLanguageModel
-from albireo.training.language_model import LanguageModelPlan, plan_language_model
 from albireo.training.memory_needs import check_states_fit, explain_out_of_memory_at_start, is_out_of_memory
 from albireo.training.metrics import MetricsWriter, cut_after
 from albireo.training.progress import Progress
+from albireo.training.recipe import ModelPlan, Recipe, RunData, TaskModel
+from albireo.training.recipes import recipe_of
 from albireo.training.recorder import Recorder
 from albireo.training.run_folder import RunFolder
-from albireo.training.saving import Position, RunState, tensor_names
+from albireo.training.saving import Position, RunState
 from albireo.training.session import Session
 from albireo.training.state_bytes import Memory
 from albireo.training.stop import StopRequest
-from albireo.training.text import RunData, check_run_data, load_run_data
 
-__all__ = ["open_session"]
+__all__ = ["build_model", "open_session"]
 
 
 @contextmanager
@@ -57,6 +63,7 @@ def open_session(
     """
     files = files if files is not None else FileOperations()
     _check_nothing_is_open(config)
+    recipe = recipe_of(config.recipe)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(enabled=world.is_main))
         if world.is_main:
@@ -67,18 +74,18 @@ def open_session(
         if config.plugin.mem_cap > 0 and world.device.type == "cuda":
             apply_device_cap(world.device, int(config.plugin.mem_cap * 2**30))
         # What costs nothing to look at comes first; then what is fetched; then what is tokenized and built.
-        check_run_data(config)
-        planned = plan_language_model(config)
+        recipe.check(config)
+        planned = recipe.plan(config)
         _check_memory(config, planned, world)
         planned = planned.fetched(config)
-        data = load_run_data(config, tokenizer=planned.tokenizer, vocab_size=planned.rows, progress=progress)
+        data = recipe.load_data(config, planned, progress)
         layout = BatchLayout(
             batch_size=config.optimizer.batch_size or 1,
             accumulate=config.optimizer.accumulate,
             rank=world.rank,
             world_size=world.world_size,
         )
-        config, steps = _with_lengths(config, len(data.train), layout.samples_per_step)
+        config, steps = _with_lengths(config, data.size, layout.samples_per_step)
         for line in data.lines:
             progress.message(line)
         plugin = make_plugin(config.plugin)
@@ -89,14 +96,16 @@ def open_session(
         for beginning in plugin.harmless_warnings:
             warnings.filterwarnings("ignore", message=beginning)
         try:
-            state = _build_state(config, world, plugin, planned, data, steps, progress)
+            state = _build_state(config, recipe, world, plugin, planned, data, steps, progress)
             position = _resume(folder, state, world, progress, files)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             where = describe_device(world.device)
             memory: Memory = "device" if world.device.type == "cuda" else "one"
-            raise explain_out_of_memory_at_start(planned.parameters, config, where=where, memory=memory) from error
+            raise explain_out_of_memory_at_start(
+                planned.parameters, config, where=where, memory=memory, trained=planned.trained
+            ) from error
         if position.step > steps:
             raise ConfigError(
                 f"the run in {folder.path} has done {position.step} steps and cannot end at {steps}: give more --steps "
@@ -105,13 +114,15 @@ def open_session(
         if world.is_main:
             cut_after(folder.metrics_path, position.step if position.step > 0 else -1, files)
             folder.write_config(config_to_mapping(config))
+            # With it a model can be written from any checkpoint, whether or not the run comes to its end.
+            data.save(folder.processor_path)
         writer = stack.enter_context(MetricsWriter(folder.metrics_path)) if world.is_main else None
         recorder = Recorder(
             world,
             progress,
             writer,
             samples_per_step=layout.samples_per_step,
-            dataset_size=len(data.train),
+            dataset_size=data.size,
             peaks=plugin.peaks(world.device),
             compiled=config.plugin.compile,
             loss_scaled=config.plugin.precision == "fp16",
@@ -120,6 +131,7 @@ def open_session(
         with StopRequest() as stop:
             yield Session(
                 config=config,
+                recipe=recipe,
                 folder=folder,
                 world=world,
                 data=data,
@@ -131,15 +143,17 @@ def open_session(
                 steps=steps,
                 position=position,
                 files=files,
-                parameters=sum(p.numel() for p in state.model.unwrap().parameters() if p.requires_grad),
-                logits_bytes=_logits_bytes(layout.batch_size * data.train.sequence_length, planned.rows, world.device),
+                parameters=sum(p.numel() for p in state.model.unwrap().parameters()),
+                trained_parameters=sum(p.numel() for p in state.model.unwrap().parameters() if p.requires_grad),
+                memory_before=plugin.peaks(world.device).read(),
+                logits_bytes=recipe.output_bytes(config, planned, world.device),
             )
 
 
 def _check_nothing_is_open(config: RunConfig) -> None:
     """Refuse a configuration that `resolve` has not been over: a learning rate of None must not become one of 0."""
     decided = {
-        "sequence_length": config.data.sequence_length,
+        **dict.fromkeys(config.data.left_open),
         "batch_size": config.optimizer.batch_size,
         "learning_rate": config.optimizer.learning_rate,
         "init": config.model.init,
@@ -150,19 +164,20 @@ def _check_nothing_is_open(config: RunConfig) -> None:
             raise ConfigError(f"{name} is left open: pass the configuration through albireo.config.resolve first")
 
 
-def _check_memory(config: RunConfig, planned: LanguageModelPlan, world: World) -> None:
+def _check_memory(config: RunConfig, planned: ModelPlan, world: World) -> None:
     """Refuse at once what cannot fit: weights, gradients and states alone are more than there is."""
+    check = partial(check_states_fit, planned.parameters, config=config, trained=planned.trained)
     host = read_host_memory()
     share = host.total_bytes // world.local_world_size if host is not None else None
     whose = "each rank's share of this machine's memory is" if world.local_world_size > 1 else "this machine has"
     if world.device.type != "cuda":
-        check_states_fit(planned.parameters, available_bytes=share, where=whose, config=config)
+        check(available_bytes=share, where=whose)
         return
     cap = int(config.plugin.mem_cap * 2**30)
     total = device_total_bytes(world.device)
     available, where = (cap, "--mem-cap leaves") if cap else (total, f"the {describe_device(world.device)} has")
-    check_states_fit(planned.parameters, available_bytes=available, where=where, config=config, memory="device")
-    check_states_fit(planned.parameters, available_bytes=share, where=whose, config=config, memory="host")
+    check(available_bytes=available, where=where, memory="device")
+    check(available_bytes=share, where=whose, memory="host")
 
 
 def _with_lengths(config: RunConfig, dataset_size: int, samples_per_step: int) -> tuple[RunConfig, int]:
@@ -186,27 +201,53 @@ def _with_lengths(config: RunConfig, dataset_size: int, samples_per_step: int) -
     return dataclasses.replace(config, schedule=schedule), steps
 
 
+def build_model(
+    config: RunConfig, recipe: Recipe, planned: ModelPlan, data: RunData, device: torch.device, *, lazily: bool = False
+) -> tuple[TaskModel, WeightSource | None, list[str]]:
+    """Build a run's model as the training step calls it, with all that the configuration does to its blocks.
+
+    Args:
+        config: the run.
+        recipe: what is trained.
+        planned: the model, fetched.
+        data: what it is to read.
+        device: where.
+        lazily: without memory for the model's parameters, to be filled where they are to lie.
+
+    Returns:
+        The model in training mode; where the values of parameters without memory come from, which is to be closed, or
+        None; and lines for the user.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or do not go with the data.
+    """
+    source: WeightSource | None = None
+    if lazily:
+        pretrained, source, lines = planned.build_lazily(data, config)
+    else:
+        pretrained, lines = planned.build(data, config, device)
+    lines += _prepare_blocks(pretrained, planned.family, config, ragged=data.is_ragged)
+    model = recipe.wrap(pretrained, planned.family)
+    model.train()
+    return model, source, lines
+
+
 def _build_state(
     config: RunConfig,
+    recipe: Recipe,
     world: World,
     plugin: Plugin,
-    planned: LanguageModelPlan,
+    planned: ModelPlan,
     data: RunData,
     steps: int,
     progress: Progress,
 ) -> RunState:
     """Build the model, and boost it."""
-    source: WeightSource | None = None
     with progress.task(f"building the model ({planned.parameters:,} parameters)"):
-        if plugin.fills_weights:
-            pretrained, source, lines = planned.build_lazily(data.tokenizer, config)
-        else:
-            pretrained, lines = planned.build(data.tokenizer, config, world.device)
+        model, source, lines = build_model(config, recipe, planned, data, world.device, lazily=plugin.fills_weights)
     for line in lines:
         progress.message(line)
-    _prepare_blocks(pretrained, planned.family, config, progress)
-    model = CausalLanguageModel(pretrained, planned.family)
-    model.train()
+    pretrained = model.pretrained
     groups = decay_groups(pretrained.named_parameters(), config.optimizer.weight_decay)
     optimizer = adamw(groups, config.optimizer.learning_rate or 0.0)
     schedule = config.schedule
@@ -222,19 +263,20 @@ def _build_state(
     if source is not None:
         source.close()
     # Only now: a plugin may have put other parameters in place of the model's.
-    names, aliases = tensor_names(pretrained)
-    identity = {"data": data.fingerprint, "recipe": config.recipe}
+    names, aliases = own_names(pretrained)
+    identity = {"data": data.fingerprint, "recipe": config.recipe, **planned.identity(config)}
     return RunState(booster, boosted, wrapped, scheduler, names, aliases, identity)
 
 
-def _prepare_blocks(model: PreTrainedModel, family: Family, config: RunConfig, progress: Progress) -> None:
+def _prepare_blocks(model: PreTrainedModel, family: Family, config: RunConfig, *, ragged: bool) -> list[str]:
     """Turn on activation checkpointing and compilation, as far as they are asked for."""
-    checkpointing, dropout = config.model.checkpointing, config.model.dropout > 0
+    checkpointing, dropout = config.model.checkpointing, config.drops_out
     if config.plugin.compile:
-        blocks = compile_blocks(model, family, checkpointing=checkpointing, preserve_rng_state=dropout)
-        progress.message(f"compiling  {blocks} blocks, once for all: the first step takes longer")
-    elif checkpointing:
+        blocks = compile_blocks(model, family, checkpointing=checkpointing, preserve_rng_state=dropout, ragged=ragged)
+        return [f"compiling  {blocks} blocks, once for all: the first step takes longer"]
+    if checkpointing:
         enable_activation_checkpointing(model, preserve_rng_state=dropout, family=family)
+    return []
 
 
 def _resume(folder: RunFolder, state: RunState, world: World, progress: Progress, files: FileOperations) -> Position:
@@ -268,8 +310,3 @@ def _describe(config: RunConfig, world: World, steps: int) -> str:
         f"training   {steps:,} steps of batch {optimizer.batch_size}{accumulated} with {config.plugin.plugin}, "
         f"{config.plugin.precision}, on {ranks}{describe_device(world.device)}"
     )
-
-
-def _logits_bytes(rows: int, vocabulary: int, device: torch.device) -> int:
-    """Return what a piece of logits and its gradient take: two fp32 numbers each."""
-    return default_piece_rows(rows, vocabulary, device) * vocabulary * 8

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from albireo.data import Batch
 from albireo.models import Family
 from albireo.ops import linear_cross_entropy
+from albireo.training.recipe import TaskModel
 
 __all__ = ["CausalLanguageModel", "inputs_of"]
 
@@ -31,7 +32,7 @@ class _LossHead(nn.Module):
         return linear_cross_entropy(hidden, self.projection.weight, labels, bias=self.projection.bias, shift=True)
 
 
-class CausalLanguageModel(nn.Module):
+class CausalLanguageModel(TaskModel):
     """Wraps a transformers model of a family as {backbone, head}.
 
     Args:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from albireo.config import RunConfig
+from albireo.adapters import LoraPlan, attach_lora, count_lora, require_peft
+from albireo.config import LanguageDataConfig, RunConfig
 from albireo.data import TextTokenizer, load_tokenizer
 from albireo.errors import ModelError
 from albireo.models import (
@@ -21,21 +23,25 @@ from albireo.models import (
     check_weights,
     configure_model,
     fetch_model,
+    materialise,
     resolve_model,
 )
-from albireo.sharding import WeightSource
+from albireo.sharding import WeightSource, WithOwnValues
+from albireo.training.language_data import LanguageData
+from albireo.training.recipe import ModelPlan, RunData
 
-__all__ = ["LanguageModelPlan", "plan_language_model"]
+__all__ = ["LanguageModelPlan", "lora_plan", "plan_language_model"]
 
 
 @dataclass(frozen=True)
-class LanguageModelPlan:
+class LanguageModelPlan(ModelPlan):
     """A model that is chosen and not yet built.
 
     Attributes:
         choice: which model.
         init: where its weights come from.
-        parameters: how many it has.
+        parameters: how many it has, an adapter's too.
+        trained: how many of them are trained.
         rows: of its vocabulary, as far as is known before the tokenizer is.
         tokenizer: its own or the user's, which goes with it; None if there is none, or one is trained on the data.
     """
@@ -43,6 +49,7 @@ class LanguageModelPlan:
     choice: ModelChoice
     init: Init
     parameters: int
+    trained: int
     rows: int
     tokenizer: TextTokenizer | None
 
@@ -50,6 +57,11 @@ class LanguageModelPlan:
     def family(self) -> Family:
         """What tells the model's parts."""
         return self.choice.family
+
+    def identity(self, config: RunConfig) -> Mapping[str, str]:
+        """Return the adapter, whose shapes alone do not tell what it computes."""
+        adapter = lora_plan(config)
+        return {} if adapter is None else {"adapter": adapter.describe()}
 
     def fetched(self, config: RunConfig) -> LanguageModelPlan:
         """Return the plan with its weights on this machine and its tokenizer loaded, after a look at both.
@@ -73,13 +85,11 @@ class LanguageModelPlan:
         configure_model(choice, init=self.init, vocabulary=_vocabulary(tokenizer))
         return dataclasses.replace(self, choice=choice, tokenizer=tokenizer)
 
-    def build(
-        self, tokenizer: TextTokenizer | None, config: RunConfig, device: torch.device
-    ) -> tuple[PreTrainedModel, list[str]]:
+    def build(self, data: RunData, config: RunConfig, device: torch.device) -> tuple[PreTrainedModel, list[str]]:
         """Build the model on a device.
 
         Args:
-            tokenizer: whose ids it is to read; None for random ids.
+            data: whose ids it is to read.
             config: seed and dropout.
             device: where.
 
@@ -89,17 +99,13 @@ class LanguageModelPlan:
         Raises:
             ModelError: the weights cannot be loaded, or do not go with the tokenizer.
         """
-        model_config, lines = self._configured(tokenizer, config)
-        model = build_model(self.choice, model_config, init=self.init, seed=config.schedule.seed, device=device)
-        return model, lines
+        return self.build_for(_tokenizer_of(data), config, device)
 
-    def build_lazily(
-        self, tokenizer: TextTokenizer | None, config: RunConfig
-    ) -> tuple[PreTrainedModel, WeightSource, list[str]]:
-        """Build the same model without memory for its parameters.
+    def build_lazily(self, data: RunData, config: RunConfig) -> tuple[PreTrainedModel, WeightSource, list[str]]:
+        """Build the same model without memory for its parameters; an adapter's have theirs, in host memory.
 
         Args:
-            tokenizer: whose ids it is to read; None for random ids.
+            data: whose ids it is to read.
             config: seed and dropout.
 
         Returns:
@@ -109,9 +115,56 @@ class LanguageModelPlan:
         Raises:
             ModelError: the weights cannot be found, or do not go with the tokenizer.
         """
-        model_config, lines = self._configured(tokenizer, config)
+        model_config, lines = self._configured(_tokenizer_of(data), config)
         model, source = build_model_lazily(self.choice, model_config, init=self.init, seed=config.schedule.seed)
-        return model, source, lines
+        try:
+            lines += self._with_adapter(model, config)
+        except BaseException:
+            source.close()
+            raise
+        return model, WithOwnValues(source) if config.adapter.is_on else source, lines
+
+    def build_for(
+        self, tokenizer: TextTokenizer | None, config: RunConfig, device: torch.device
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """Build the model on a device; see `build`.
+
+        Args:
+            tokenizer: whose ids it is to read; None for random ids.
+            config: seed and dropout.
+            device: where.
+        """
+        model_config, lines = self._configured(tokenizer, config)
+        model = build_model(self.choice, model_config, init=self.init, seed=config.schedule.seed, device=device)
+        return model, [*lines, *self._with_adapter(model, config)]
+
+    def _with_adapter(self, model: PreTrainedModel, config: RunConfig) -> list[str]:
+        """Put the run's adapter on a model, if there is one, and say so."""
+        adapter = lora_plan(config)
+        if adapter is None:
+            return []
+        attach_lora(model, adapter, seed=config.schedule.seed)
+        # Counted here: a vocabulary that fits the data was not known when the plan was made.
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        share = f"{self.trained:,} of {parameters:,} parameters are trained ({100 * self.trained / parameters:.4f}%)"
+        return [f"adapter    {adapter.describe()}: {share}"]
+
+    def empty(self, tokenizer: TextTokenizer | None, config: RunConfig, *, with_adapter: bool) -> PreTrainedModel:
+        """Return the model in host memory, in fp32 and uninitialised.
+
+        Args:
+            tokenizer: whose ids it reads; None for random ids.
+            config: the run.
+            with_adapter: put the run's adapter on it.
+        """
+        model_config, _ = self._configured(tokenizer, config)
+        model_config.dtype = torch.float32
+        model = self.family.make_model(model_config)
+        materialise(model, torch.device("cpu"))
+        adapter = lora_plan(config) if with_adapter else None
+        if adapter is not None:
+            attach_lora(model, adapter, seed=config.schedule.seed)
+        return model
 
     def _configured(self, tokenizer: TextTokenizer | None, config: RunConfig) -> tuple[PreTrainedConfig, list[str]]:
         return configure_model(
@@ -119,25 +172,56 @@ class LanguageModelPlan:
         )
 
 
-def plan_language_model(config: RunConfig) -> LanguageModelPlan:
+def plan_language_model(config: RunConfig, family: Family | None = None) -> LanguageModelPlan:
     """Choose the model. Nothing is fetched and no weight is read yet: see `LanguageModelPlan.fetched`.
 
     Args:
-        config: a resolved configuration.
+        config: a resolved configuration of a language recipe.
+        family: which the model must be of; any if None.
 
     Raises:
         ModelError: there is no such model, or it cannot read sequences of this length.
+        ConfigError: an adapter is to be put on what the model has not.
     """
-    choice = resolve_model(config.model.model)
+    choice = resolve_model(config.model.model, family)
     init: Init = "pretrained" if config.model.init == "pretrained" else "random"
-    model_config, _ = configure_model(choice, init=init, sequence_length=config.data.sequence_length)
+    length = config.data.sequence_length if isinstance(config.data, LanguageDataConfig) else None
+    model_config, _ = configure_model(choice, init=init, sequence_length=length)
     try:
-        parameters = choice.family.count_parameters(model_config)
+        shapes = choice.family.make_model(model_config)
     except ModelError as error:
         raise ModelError(f"--model {choice.name}: {error}") from error
+    parameters = trained = sum(parameter.numel() for parameter in shapes.parameters())
+    plan = lora_plan(config)
+    if plan is not None:
+        require_peft()  # now, and not when the data has been read
+        trained = count_lora(shapes, plan)
+        parameters += trained
     return LanguageModelPlan(
-        choice=choice, init=init, parameters=parameters, rows=int(model_config.vocab_size), tokenizer=None
+        choice=choice,
+        init=init,
+        parameters=parameters,
+        trained=trained,
+        rows=int(model_config.vocab_size),
+        tokenizer=None,
     )
+
+
+def lora_plan(config: RunConfig) -> LoraPlan | None:
+    """Return the adapter that a resolved configuration asks for, or None.
+
+    Args:
+        config: with its adapter's targets.
+    """
+    adapter = config.adapter
+    if not adapter.is_on:
+        return None
+    rank = adapter.lora_rank or 8
+    return LoraPlan(rank, adapter.lora_alpha or 2.0 * rank, adapter.lora_dropout or 0.0, adapter.targets)
+
+
+def _tokenizer_of(data: RunData) -> TextTokenizer | None:
+    return data.tokenizer if isinstance(data, LanguageData) else None
 
 
 def _vocabulary(tokenizer: TextTokenizer | None) -> Vocabulary | None:

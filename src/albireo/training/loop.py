@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from albireo.training.causal_lm import inputs_of
-
 if TYPE_CHECKING:
     from albireo.training.session import Session
 
@@ -33,7 +31,7 @@ def train_loop(session: Session) -> Literal["finished", "interrupted"]:
         output = session.booster.train_step(
             session.model,
             session.optimizer,
-            [inputs_of(batch) for batch in micro_batches],
+            [session.recipe.inputs(batch) for batch in micro_batches],
             [batch.tokens for batch in micro_batches],
             lr_scheduler=session.scheduler,
             max_norm=session.config.optimizer.clip,

@@ -24,7 +24,13 @@ _WORDS_OF_FAILED_ALLOCATIONS = ("DefaultCPUAllocator", "out of memory", "STATUS_
 
 
 def check_states_fit(
-    parameters: int, *, available_bytes: int | None, where: str, config: RunConfig, memory: Memory = "one"
+    parameters: int,
+    *,
+    available_bytes: int | None,
+    where: str,
+    config: RunConfig,
+    memory: Memory = "one",
+    trained: int | None = None,
 ) -> None:
     """Refuse a run whose weights, gradients and optimizer states alone cannot fit.
 
@@ -34,18 +40,20 @@ def check_states_fit(
         where: whose memory it is, for the message.
         config: the run.
         memory: which one it is: a device's, the host's beside it, or one that is both.
+        trained: how many of the parameters are trained; all if None.
 
     Raises:
         OutOfMemoryError: they cannot.
     """
-    each = needs_of(config).bytes_per_parameter(memory)
+    share = 1.0 if trained is None else trained / parameters
+    each = needs_of(config).bytes_per_parameter(memory, share)
     needed = math.ceil(parameters * each)
     if available_bytes is None or needed <= available_bytes:
         return
     raise OutOfMemoryError(
         f"--model {config.model.model} with {_flags_of(config)} needs {_gb(needed)} for weights, gradients "
         f"and optimizer states ({round(each, 2):g} bytes for each of {parameters:,} parameters), and {where} "
-        f"{_gb(available_bytes)}: {_what_fits(parameters, available_bytes, config, memory)}"
+        f"{_gb(available_bytes)}: {_what_fits(parameters, available_bytes, config, memory, share)}"
     )
 
 
@@ -79,7 +87,7 @@ def explain_out_of_memory(use: MemoryUse, config: RunConfig, *, where: str) -> O
 
 
 def explain_out_of_memory_at_start(
-    parameters: int, config: RunConfig, *, where: str, memory: Memory = "one"
+    parameters: int, config: RunConfig, *, where: str, memory: Memory = "one", trained: int | None = None
 ) -> OutOfMemoryError:
     """Return the error for memory that ran out before there was a model to measure.
 
@@ -88,8 +96,10 @@ def explain_out_of_memory_at_start(
         config: the run.
         where: what ran out, for the message.
         memory: which one it is.
+        trained: how many of the parameters are trained; all if None.
     """
-    needed = math.ceil(parameters * needs_of(config).bytes_per_parameter(memory))
+    share = 1.0 if trained is None else trained / parameters
+    needed = math.ceil(parameters * needs_of(config).bytes_per_parameter(memory, share))
     return OutOfMemoryError(
         f"out of memory on {where} before the first step: --model {config.model.model} with {_flags_of(config)} takes "
         f"{_gb(needed)} for weights, gradients and optimizer states in all; end what else runs there, or "
@@ -129,25 +139,25 @@ def advice(use: MemoryUse, config: RunConfig) -> str:
     return _smaller(config)
 
 
-def _what_fits(parameters: int, available_bytes: int, config: RunConfig, memory: Memory) -> str:
+def _what_fits(parameters: int, available_bytes: int, config: RunConfig, memory: Memory, trained: float) -> str:
     """Return the flags with which the same model fits, else what is left to do."""
-    for other in _with_less(config, memory):
-        needed = math.ceil(parameters * needs_of(other).bytes_per_parameter(memory))
+    for other in _with_less(config, memory, trained):
+        needed = math.ceil(parameters * needs_of(other).bytes_per_parameter(memory, trained))
         if needed <= available_bytes:
             return f"{_flags_of(other)} takes {_gb(needed)} there"
     return _smaller(config)
 
 
-def _with_less(config: RunConfig, memory: Memory) -> Iterator[RunConfig]:
+def _with_less(config: RunConfig, memory: Memory, trained: float = 1.0) -> Iterator[RunConfig]:
     """Yield the same run under other plugins that take less of a memory, those that change least first."""
-    taken = needs_of(config).bytes_per_parameter(memory)
+    taken = needs_of(config).bytes_per_parameter(memory, trained)
     # What was offloaded is not to go back to the device, and on a CPU there is nowhere to offload to.
     for offload in {"device": (False, True), "host": (True,), "one": (False,)}[memory]:
         for plugin in ("low_level_zero", "torch_fsdp"):
             stage = 2 if plugin == "low_level_zero" else None
             chosen = dataclasses.replace(config.plugin, plugin=plugin, zero_stage=stage, cpu_offload=offload)
             other = dataclasses.replace(config, plugin=chosen)
-            if needs_of(other).bytes_per_parameter(memory) < taken:
+            if needs_of(other).bytes_per_parameter(memory, trained) < taken:
                 yield other
 
 

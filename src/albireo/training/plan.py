@@ -14,9 +14,6 @@ from albireo.training.run_folder import RunFolder
 
 __all__ = ["RunPlan", "plan_run"]
 
-# Names of data that stand for no path, whatever lies in the working folder.
-_MADE_UP = ("synthetic", "random")
-
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -72,7 +69,7 @@ def plan_run(
         ConfigError: an unknown key or a wrong value.
         RunFolderError: there is no run to go on with.
     """
-    config, begun = RunConfig(recipe=recipe), None
+    config, begun = RunConfig.of(recipe), None
     if resume is not None:
         if output is not None and output.resolve() != resume.resolve():
             raise ConfigError("--resume goes on in the run's own folder: leave --output out")
@@ -90,7 +87,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     # Only checked: the families alone know whether the name is a size or a folder.
     user_path("--model", model.model)
     model = dataclasses.replace(model, tokenizer=_absolute("--tokenizer", model.tokenizer))
-    name = data.data if data.data in _MADE_UP else _absolute("--data", data.data)
+    name = data.data if data.is_made_up else _absolute("--data", data.data)
     cache = None if data.cache is None else str(user_path("--cache", data.cache).absolute())
     return dataclasses.replace(config, model=model, data=dataclasses.replace(data, data=name, cache=cache))
 

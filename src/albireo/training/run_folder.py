@@ -150,6 +150,16 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def adapter_path(self) -> Path:
+        """The trained adapter, a folder that peft loads, where one was trained instead of all of the model."""
+        return self.path / "adapter"
+
+    @property
+    def processor_path(self) -> Path:
+        """What makes a model's inputs, such as its tokenizer, as transformers loads it."""
+        return self.path / "processor"
+
+    @property
     def lock_path(self) -> Path:
         """The file that is locked while a process writes the run; it stays when the lock is gone."""
         return self.path / "run.lock"

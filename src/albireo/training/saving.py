@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from albireo.booster import Booster
-from albireo.checkpoint import Checkpoint, Snapshot, TensorSlice, save_checkpoint, tensor_names, whole
+from albireo.checkpoint import Checkpoint, Snapshot, TensorSlice, save_checkpoint, whole
 from albireo.device import capture_random_state, restore_random_state
 from albireo.errors import CheckpointError
 from albireo.files import FileOperations
 from albireo.optim import OptimizerWrapper, set_scheduler_step
 from albireo.plugins import ModelWrapper
 
-__all__ = ["Position", "RunState", "tensor_names"]
+__all__ = ["Position", "RunState"]
 
 
 @dataclass(frozen=True)

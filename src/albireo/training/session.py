@@ -7,34 +7,31 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from albireo.booster import Booster, StepOutput
-from albireo.checkpoint import replace_folder
 from albireo.config import RunConfig
-from albireo.data import Batch, BatchLayout, StepLoader, evaluation_batches
-from albireo.device import describe_device, seed_everything
+from albireo.data import Batch, BatchLayout
+from albireo.device import PeakReading, describe_device, seed_everything
 from albireo.distributed import World
 from albireo.errors import Interrupted
 from albireo.files import FileOperations
 from albireo.optim import OptimizerWrapper
 from albireo.plugins import ModelWrapper
-from albireo.plugins.whole_tensors import WholeTensors, with_whole_tensors
-from albireo.training.evaluation import evaluate
+from albireo.training.exporting import export_trained
 from albireo.training.memory_needs import explain_out_of_memory, is_out_of_memory
 from albireo.training.memory_use import MemoryUse, measure_memory_use
 from albireo.training.metrics import read_metrics
 from albireo.training.plot import draw_loss
 from albireo.training.progress import Progress
+from albireo.training.recipe import Recipe, RunData, TaskModel
 from albireo.training.recorder import Recorder
 from albireo.training.run_folder import RunFolder
 from albireo.training.saving import Position, RunState
 from albireo.training.stop import StopRequest
 from albireo.training.summary import RunFacts, print_summary, summarise
-from albireo.training.text import RunData
 
 __all__ = ["Session"]
 
@@ -45,6 +42,7 @@ class Session:
 
     Attributes:
         config: the whole configuration, with nothing left open.
+        recipe: what is trained.
         folder: where the run is kept.
         world: the ranks.
         data: what is trained on.
@@ -56,11 +54,14 @@ class Session:
         steps: the run's last step.
         position: where the run stands.
         files: writes to the disk.
-        parameters: how many numbers are trained, tied ones once.
+        parameters: how many numbers the model has, tied ones once, an adapter's too.
+        trained_parameters: how many of them are trained.
+        memory_before: memory before the first step, with model and optimizer in place.
         logits_bytes: what the loss holds of logits at a time.
     """
 
     config: RunConfig
+    recipe: Recipe
     folder: RunFolder
     world: World
     data: RunData
@@ -73,6 +74,8 @@ class Session:
     position: Position
     files: FileOperations
     parameters: int
+    trained_parameters: int
+    memory_before: PeakReading
     logits_bytes: int
     _rate: float = 0.0
     _saved_step: int = -1
@@ -107,13 +110,12 @@ class Session:
     def batches(self) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step that is left, and keep the position."""
         self.progress.start_training(self.step + 1, self.steps)
-        loader = StepLoader(
-            self.data.train,
+        loader = self.data.steps(
             self.layout,
             seed=self.config.schedule.seed,
             start_sample=self.position.samples,
             steps=self.steps - self.step,
-            pin_memory=self.world.device.type == "cuda",
+            pin=self.world.device.type == "cuda",
         )
         self.recorder.start_clock()
         yield from loader
@@ -121,7 +123,7 @@ class Session:
     def begin_step(self) -> None:
         """Seed what the step draws: masks depend on seed, step and rank, so a step is the same after a resume."""
         self._rate = float(self.scheduler.optimizer.param_groups[0]["lr"])
-        if self.config.model.dropout > 0:
+        if self.config.drops_out:
             seed_everything(self.config.schedule.seed, self.step, self.world.rank)
 
     def record(self, output: StepOutput) -> bool:
@@ -153,16 +155,9 @@ class Session:
         if not self.config.schedule.eval_every or self._evaluated_step == self.step:
             return
         self.recorder.drain()
-        batch_size = self.layout.batch_size
-        batches = evaluation_batches(
-            self.data.held_out,
-            batch_size,
-            self.world.rank,
-            self.world.world_size,
-            pin_memory=self.world.device.type == "cuda",
-        )
+        batches = self.data.evaluation(self.layout.batch_size, self.world, pin=self.world.device.type == "cuda")
         self.recorder.start_clock()
-        self.recorder.evaluation(self.step, evaluate(self.model, batches, self.world))
+        self.recorder.evaluation(self.step, self.recipe.evaluate(self.model, batches, self.world))
         self._evaluated_step = self.step
         self.recorder.start_clock()
 
@@ -218,37 +213,18 @@ class Session:
             self.model.weight_tensors(),
             self.optimizer.unwrap(),
             self.config,
-            parameters=self.parameters,
+            parameters=self.trained_parameters,
             device=self.world.device,
             logits_bytes=self.logits_bytes,
             peak_bytes=reading.device_peak_bytes or reading.host_peak_bytes,
         )
 
     def _export(self) -> None:
-        from albireo.training.causal_lm import CausalLanguageModel
-
         module = self.model.unwrap()
-        if not isinstance(module, CausalLanguageModel):
+        if not isinstance(module, TaskModel):
             raise TypeError(f"expected the model wrapper, not {type(module).__name__}")
-
-        def export(tensors: WholeTensors) -> None:
-            weights = {part.name.removeprefix("model/"): tensors.tensor(part) for part in tensors.slices}
-            weights.update({name: weights[first] for name, first in self.state.aliases.items()})
-            dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
-
-            def write(path: Path) -> None:
-                with _quiet_transformers():
-                    module.pretrained.save_pretrained(path, state_dict=weights)
-                    # What computes may be narrower than what is saved.
-                    module.pretrained.config.dtype = dtype
-                    module.pretrained.config.save_pretrained(path)
-                if self.data.tokenizer is not None:
-                    self.data.tokenizer.save(path)
-
-            replace_folder(self.folder.model_path, write, self.files)
-
-        plugin = self.booster.plugin
-        with_whole_tensors(plugin.export_model(self.model, self.state.names, self.world), self.world, export)
+        base = self.recipe.base_name(self.config)
+        export_trained(self.state, module.pretrained, self.data, self.folder, base, self.files)
 
     def _report(self, status: Literal["finished", "interrupted"]) -> None:
         train_rows, eval_rows = read_metrics(self.folder.metrics_path)
@@ -256,6 +232,9 @@ class Session:
             status=status,
             model=self.config.model.model,
             parameters=self.parameters,
+            trained_parameters=self.trained_parameters,
+            memory_before=self.memory_before,
+            memory_after=self.booster.plugin.peaks(self.world.device).read(),
             plugin=self.booster.plugin.name,
             precision=self.booster.plugin.precision,
             device=describe_device(self.world.device),
@@ -273,18 +252,4 @@ class Session:
     def _title(self) -> str:
         name = self.config.model.model.rstrip("/").rsplit("/", 1)[-1]
         data = self.config.data.data.rstrip("/").rsplit("/", 1)[-1]
-        return f"{self.config.recipe.upper()} {name} on {data}"
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own bars off the screen, where the run has its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        return f"{self.recipe.title} {name} on {data}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from albireo.config import MachineFacts, RunConfig, config_from_mapping, config_
 from albireo.device import PeakReading, detect_device_type, device_count, has_native_bf16
 from albireo.distributed import World, join_world, launch_ranks
 from albireo.errors import AlbireoError, ConfigError
-from albireo.models import FAMILIES, resolve_model
 from albireo.training.assemble import open_session
 from albireo.training.loop import train_loop
 from albireo.training.plan import RunPlan
+from albireo.training.recipes import recipe_of
 from albireo.training.run_folder import RunFolder
 
 __all__ = ["resolved_config", "start_run", "train_on_rank"]
@@ -33,14 +32,7 @@ def resolved_config(plan: RunPlan) -> RunConfig:
         ConfigError: it cannot be done, or not on this machine.
     """
     facts = MachineFacts(detect_device_type(), device_count(), has_native_bf16())
-    choice = resolve_model(plan.config.model.model)
-    name = choice.name
-    if choice.size is not None:
-        name = choice.size
-    elif choice.hub_id is None and choice.folder is not None:
-        name = str(choice.folder.resolve())
-    model = dataclasses.replace(plan.config.model, model=name)
-    return resolve(dataclasses.replace(plan.config, model=model), facts)
+    return resolve(recipe_of(plan.config.recipe).with_full_names(plan.config), facts)
 
 
 def start_run(plan: RunPlan, folder: RunFolder) -> None:
@@ -73,15 +65,11 @@ def _refuse_changes(begun: RunConfig | None, config: RunConfig, folder: RunFolde
     """
     if begun is None or not folder.checkpoints_path.is_dir() or not find_checkpoints(folder.checkpoints_path):
         return
-    changes: list[tuple[str, Any, Any]] = [
-        ("--sequence-length", begun.data.sequence_length, config.data.sequence_length),
-        ("--holdout", begun.data.holdout, config.data.holdout),
-    ]
-    sizes = {size for family in FAMILIES.values() for size in family.sizes}
-    if {begun.model.model, config.model.model} <= sizes:
-        changes.append(("--model", begun.model.model, config.model.model))
-    for flag, before, now in changes:
-        if before is not None and before != now:
+    recipe = recipe_of(config.recipe)
+    first, fixed = recipe.fixed(begun), recipe.fixed(config)
+    for flag, now in fixed.items():
+        before = first[flag]
+        if before is not None and now is not None and before != now:
             raise ConfigError(
                 f"{flag} {now} cannot go on with the run in {folder.path}, which was begun with {before}: leave {flag} "
                 "out, or begin a new run with another --output"
@@ -95,7 +83,9 @@ def train_in_rank(world: World, payload: Mapping[str, Any]) -> None:
         world: the ranks.
         payload: the configuration and the folder.
     """
-    config = config_from_mapping(payload["config"], where="the launcher", base=RunConfig(payload["config"]["recipe"]))
+    config = config_from_mapping(
+        payload["config"], where="the launcher", base=RunConfig.of(payload["config"]["recipe"])
+    )
     train_on_rank(config, RunFolder.open(Path(payload["folder"])), world)
 
 

@@ -35,7 +35,15 @@ class StateBytes:
     @property
     def total(self) -> float:
         """All three."""
-        return self.weights + self.gradients + self.states
+        return self.total_of(1.0)
+
+    def total_of(self, trained: float) -> float:
+        """Return all three where not all parameters have a gradient and states.
+
+        Args:
+            trained: the share of the parameters that are trained.
+        """
+        return self.weights + trained * (self.gradients + self.states)
 
 
 @dataclass(frozen=True)
@@ -55,15 +63,17 @@ class MemoryNeeds:
     host: StateBytes = StateBytes()
     building: float = _BUILDING
 
-    def bytes_per_parameter(self, memory: Memory) -> float:
+    def bytes_per_parameter(self, memory: Memory, trained: float = 1.0) -> float:
         """Return what a memory has to have at least.
 
         Args:
             memory: which.
+            trained: the share of the parameters that are trained.
         """
+        on_host = self.host.total_of(trained)
         if memory == "host":
-            return self.host.total
-        return max(self.building, self.device.total + (self.host.total if memory == "one" else 0.0))
+            return on_host
+        return max(self.building, self.device.total_of(trained) + (on_host if memory == "one" else 0.0))
 
     def gradients(self, memory: Memory) -> float:
         """Return what gradients take in a memory at the end of backward.

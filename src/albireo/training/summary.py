@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal, TextIO
 
+from albireo.adapters import ADAPTER_FILE
+from albireo.device import PeakReading
 from albireo.training.metrics import EvalRow, TrainRow, finite_or_none
 from albireo.training.progress import format_bytes, format_duration, format_perplexity
 from albireo.training.run_folder import RunFolder
@@ -25,13 +27,16 @@ class RunFacts:
     Attributes:
         status: whether all steps were done, or the user stopped the run before.
         model: the model's name.
-        parameters: how many numbers are trained; tied weights count once.
+        parameters: how many numbers the model has, an adapter's too; tied weights count once.
         plugin: the plugin's name.
         precision: the precision's name.
         device: the device's name.
         world_size: how many ranks trained.
         total_seconds: how long this process took, from start to end; not what came before a resume.
         compile_seconds: how much longer this process's first step took for compiling; None if it compiled nothing.
+        trained_parameters: how many of the parameters are trained; all if None.
+        memory_before: memory with model and optimizer in place, before the first step; None if nobody looked.
+        memory_after: memory after the last step; None if nobody looked.
     """
 
     status: Literal["finished", "interrupted"]
@@ -43,6 +48,9 @@ class RunFacts:
     world_size: int
     total_seconds: float
     compile_seconds: float | None = None
+    trained_parameters: int | None = None
+    memory_before: PeakReading | None = None
+    memory_after: PeakReading | None = None
 
 
 def summarise(
@@ -72,6 +80,7 @@ def summarise(
         "status": facts.status,
         "model": facts.model,
         "parameters": facts.parameters,
+        "trained_parameters": facts.parameters if facts.trained_parameters is None else facts.trained_parameters,
         "plugin": facts.plugin,
         "precision": facts.precision,
         "device": facts.device,
@@ -92,8 +101,13 @@ def summarise(
         "total_seconds": finite_or_none(facts.total_seconds),
         "device_peak_bytes": max((row.device_peak_bytes for row in train_rows), default=0),
         "host_peak_bytes": max((row.host_peak_bytes for row in train_rows), default=0),
+        "memory_before": _memory(facts.memory_before),
+        "memory_after": _memory(facts.memory_after),
+        "device_reserved_peak_bytes": 0
+        if facts.memory_after is None
+        else facts.memory_after.device_reserved_peak_bytes,
         "loss_plot_path": folder.loss_plot_path.name,
-        "model_path": folder.model_path.name,
+        **_what_was_written(folder),
     }
 
 
@@ -139,6 +153,21 @@ def _evaluation(row: EvalRow | None) -> dict[str, Any] | None:
     }
 
 
+def _memory(reading: PeakReading | None) -> dict[str, int] | None:
+    if reading is None:
+        return None
+    names = ("device_bytes", "device_reserved_bytes", "host_bytes")
+    return {name: getattr(reading, name) for name in names}
+
+
+def _what_was_written(folder: RunFolder) -> dict[str, Any]:
+    """Return the path of the model; where an adapter was trained, the adapter's, and its file's size."""
+    file = folder.adapter_path / ADAPTER_FILE
+    if file.is_file():
+        return {"adapter_path": folder.adapter_path.name, "adapter_bytes": file.stat().st_size}
+    return {"model_path": folder.model_path.name}
+
+
 def _median(rows: Sequence[TrainRow], of: Callable[[TrainRow], float]) -> float | None:
     values = [value for value in map(of, rows) if math.isfinite(value)]
     return median(values) if values else None
@@ -147,6 +176,7 @@ def _median(rows: Sequence[TrainRow], of: Callable[[TrainRow], float]) -> float 
 def _lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [
         ("model", f"{summary['model']}, {_count(summary['parameters'])} parameters"),
+        *_trained_lines(summary),
         ("trained with", f"{summary['plugin']}, {summary['precision']}, {_ranks(summary)}"),
         ("steps", f"{summary['steps']:,}, {_plural(summary['epochs'], 'epoch')}"),
     ]
@@ -169,14 +199,47 @@ def _lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("compiling", f"{summary['compile_seconds']:.3g} s"))
     if summary["total_seconds"] is not None:
         lines.append(("total time", _times(summary["training_seconds"], summary["total_seconds"])))
-    if summary["device_peak_bytes"]:
-        lines.append(("device memory, peak", format_bytes(summary["device_peak_bytes"])))
+    lines += _memory_lines(summary)
+    if "adapter_bytes" in summary:
+        lines.append(("adapter file", f"{summary['adapter_bytes'] / 2**20:,.2f} MB"))
+    return lines
+
+
+def _trained_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    trained, parameters = summary["trained_parameters"], summary["parameters"]
+    if trained == parameters:
+        return []
+    return [("trained", f"{trained:,} of {parameters:,} parameters ({100 * trained / parameters:.4f}%)")]
+
+
+def _memory_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return memory before the first step, after the last and at the peak: a device's, allocated and reserved, or the host's."""
+    lines = []
+    on_device = bool(summary["device_peak_bytes"])
+    for when in ("before", "after"):
+        memory = summary[f"memory_{when}"]
+        if memory is None:
+            continue
+        if on_device:
+            reserved = format_bytes(memory["device_reserved_bytes"])
+            text = f"{format_bytes(memory['device_bytes'])} allocated, {reserved} reserved"
+            lines.append((f"device memory, {when}", text))
+        elif memory["host_bytes"]:
+            lines.append((f"host memory, {when}", format_bytes(memory["host_bytes"])))
+    if on_device:
+        reserved = summary["device_reserved_peak_bytes"]
+        more = f" allocated, {format_bytes(reserved)} reserved" if reserved else ""
+        lines.append(("device memory, peak", format_bytes(summary["device_peak_bytes"]) + more))
     lines.append(("host memory, peak", format_bytes(summary["host_peak_bytes"])))
     return lines
 
 
 def _places(folder: RunFolder) -> list[tuple[str, Path]]:
-    places = [("loss plot", folder.loss_plot_path), ("model    ", folder.model_path)]
+    places = [
+        ("loss plot", folder.loss_plot_path),
+        ("model    ", folder.model_path),
+        ("adapter  ", folder.adapter_path),
+    ]
     return [(name, path) for name, path in places if path.exists()]
 
 

@@ -12,7 +12,7 @@ import torch
 from albireo.verify.gather import ParameterTensors
 from albireo.verify.record import fingerprint
 from albireo.verify.reference import PlainGradients
-from albireo.verify.replay import Replay, Stepped, compare_bits
+from albireo.verify.replay import Replay, Stepped, compare_bits, subtraction_scale
 from albireo.verify.report import Check, Failure, ParameterReport
 from albireo.verify.thresholds import Thresholds
 
@@ -146,7 +146,7 @@ class Judge:
     def _step(self, found: ParameterTensors) -> tuple[int, int]:
         before, after = _stepped(found, "before"), _stepped(found, "after")
         gradient = found.tensors.get(("clipped", "gradient"))
-        expected, why = before, "is not trained"
+        expected, scale, why = before, None, "is not trained"
         if found.name in self.facts.groups:
             if self.facts.skipped:
                 why = "was in a step that is left out for an overflow"
@@ -155,6 +155,8 @@ class Judge:
             else:
                 try:
                     expected, why = self._replay(found, before, gradient), ""
+                    settings = self.facts.settings[self.facts.groups[found.name]]
+                    scale = subtraction_scale(before.weight, expected.weight, settings)
                 except KeyError as error:
                     self._fail("exports", found.name, f"it has states before the step, and {error} is not among them")
                     return 0, 0
@@ -162,12 +164,12 @@ class Judge:
         allowed = 0 if why else self.thresholds.step_ulps
         elements, ulps = 0, 0
         wrong = []
-        pairs = [("weight", after.weight, expected.weight)] + [
-            (name, after.states.get(name), expected.states.get(name))
+        pairs = [("weight", after.weight, expected.weight, scale)] + [
+            (name, after.states.get(name), expected.states.get(name), None)
             for name in sorted({*after.states, *expected.states})
         ]
-        for what, mine, plain in pairs:
-            mismatch = compare_bits(mine, plain)
+        for what, mine, plain, at in pairs:
+            mismatch = compare_bits(mine, plain, at)
             elements, ulps = elements + mismatch.elements, max(ulps, mismatch.ulps)
             if mismatch.ulps > allowed:
                 wrong.append(f"{mismatch.elements:,} of its {what} by up to {_ulps(mismatch.ulps)}")

@@ -12,7 +12,7 @@ from torch import nn
 
 from albireo.optim import HybridAdam
 
-__all__ = ["Mismatch", "Replay", "Stepped", "compare_bits"]
+__all__ = ["Mismatch", "Replay", "Stepped", "compare_bits", "subtraction_scale"]
 
 # Elements: a multiple of what any of torch's CPU kernels computes at once.
 _ALIGNMENT = 64
@@ -114,12 +114,36 @@ def _cut(whole: Stepped, run: tuple[int, int]) -> Stepped:
     return Stepped(whole.weight.reshape(-1)[slice(*run)], states)
 
 
-def compare_bits(found: torch.Tensor | None, expected: torch.Tensor | None) -> Mismatch:
+def subtraction_scale(before: torch.Tensor, after: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
+    """Return the size of the numbers that a step took an update from, or got, whichever is larger.
+
+    Where an old weight and its update nearly cancel, a last bit of either is many units in the last place of what they
+    leave: the result has no more right digits than they had.
+
+    Args:
+        before: a weight before the step.
+        after: what the step should make of it. What a system made of it must not set its own unit.
+        settings: the parameter's group: its rate, its decay, and whether weights decay by themselves.
+
+    Returns:
+        A size for each element, in fp64.
+    """
+    decayed = before.double()
+    if settings.get("decoupled_weight_decay"):
+        decayed = decayed * (1.0 - float(settings["lr"]) * float(settings["weight_decay"]))
+    return torch.maximum(decayed.abs(), after.double().abs())
+
+
+def compare_bits(
+    found: torch.Tensor | None, expected: torch.Tensor | None, scale: torch.Tensor | None = None
+) -> Mismatch:
     """Compare two tensors bit by bit. One that is not there is equal to one of zeros: a state before its first step.
 
     Args:
         found: in host memory.
         expected: of the same shape and dtype; if not so, all elements differ.
+        scale: sizes at which to take units in the last place, of the same shape, and no smaller than what is expected;
+            None takes those of the numbers themselves, and counts the numbers between. Parts of a unit count as one.
     """
     if found is None or expected is None:
         present = found if expected is None else expected
@@ -131,9 +155,23 @@ def compare_bits(found: torch.Tensor | None, expected: torch.Tensor | None) -> M
     elements = int(different.sum())
     if elements == 0:
         return Mismatch(0, 0)
-    distance = (_ordered(mine[different]) - _ordered(theirs[different])).abs().max()
+    distance = (_ordered(mine[different]) - _ordered(theirs[different])).abs()
+    if scale is not None:
+        pair = found.detach().reshape(-1)[different], expected.detach().reshape(-1)[different]
+        units = _units(*pair, scale.reshape(-1)[different])
+        # Of what is not finite there are no units: such numbers lie as far apart as their bits say.
+        distance = torch.where(torch.isfinite(units), units.clamp(max=2.0**62).to(torch.int64), distance)
     # Such as +0 and -0, which lie beside each other and are not the same bits.
-    return Mismatch(elements, max(1, int(distance)))
+    return Mismatch(elements, max(1, int(distance.max())))
+
+
+def _units(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return how many units in the last place lie between numbers, taken at a scale; not finite if one of them is not."""
+    of_dtype = torch.finfo(expected.dtype)
+    # A size is a fraction from 1/2 to 1 times a power of two. Below the least normal number all have its units.
+    power = torch.frexp(scale.double().clamp(min=of_dtype.tiny)).exponent.double() - 1.0
+    unit = torch.exp2(power) * of_dtype.eps
+    return torch.where(torch.isfinite(scale), (found.double() - expected.double()).abs() / unit, torch.nan).ceil()
 
 
 def _as_integers(tensor: torch.Tensor) -> torch.Tensor:

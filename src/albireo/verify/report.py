@@ -48,7 +48,7 @@ class ParameterReport:
             in a step that was left out for an overflow. Not finite where they cannot be compared.
         clip_error: the largest relative error of an element of its clipped gradient; None as above.
         step_mismatches: elements of weight and states that are not what the replayed step gives.
-        step_ulps: the largest distance of such an element, in units in the last place.
+        step_ulps: the largest distance of such an element, in units in the last place; see `Thresholds.step_ulps`.
     """
 
     name: str

@@ -12,18 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from albireo.checkpoint import tensor_names
+from albireo.adapters import own_names
 from albireo.config import RunConfig, config_from_mapping, config_to_mapping
-from albireo.data import Batch, StepLoader
+from albireo.data import Batch
 from albireo.device import describe_device
 from albireo.distributed import World, join_world, launch_ranks
 from albireo.errors import ConfigError, Interrupted
-from albireo.models import compile_blocks, enable_activation_checkpointing
 from albireo.optim import adamw, decay_groups
-from albireo.training.assemble import open_session
-from albireo.training.causal_lm import CausalLanguageModel, inputs_of
-from albireo.training.language_model import plan_language_model
+from albireo.training.assemble import build_model, open_session
 from albireo.training.plan import plan_run
+from albireo.training.recipe import TaskModel
 from albireo.training.run_folder import RunFolder
 from albireo.training.session import Session
 from albireo.training.start import resolved_config
@@ -74,7 +72,9 @@ def verify_in_rank(world: World, payload: Mapping[str, Any]) -> None:
         world: the ranks.
         payload: the configuration, the run folder, and how many steps.
     """
-    config = config_from_mapping(payload["config"], where="the launcher", base=RunConfig(payload["config"]["recipe"]))
+    config = config_from_mapping(
+        payload["config"], where="the launcher", base=RunConfig.of(payload["config"]["recipe"])
+    )
     folder = RunFolder.open(Path(payload["folder"]))
     report = _verify_on_rank(config, folder, world, payload["steps"])
     if world.is_main:
@@ -83,10 +83,11 @@ def verify_in_rank(world: World, payload: Mapping[str, Any]) -> None:
 
 def _prepared(config: RunConfig) -> RunConfig:
     """Take out what a verification has no use for, and refuse what it cannot judge."""
-    if config.model.dropout > 0:
-        raise ConfigError(
-            f"--dropout {config.model.dropout:g} draws other masks in the system than in the reference: leave it out"
-        )
+    if config.drops_out:
+        flag = f"--dropout {config.model.dropout:g}"
+        if not config.model.dropout > 0:
+            flag = f"--lora-dropout {config.adapter.lora_dropout:g}"
+        raise ConfigError(f"{flag} draws other masks in the system than in the reference: leave it out")
     schedule = dataclasses.replace(config.schedule, eval_every=0, save_every=0)
     return dataclasses.replace(config, schedule=schedule)
 
@@ -138,7 +139,7 @@ def _steps(session: Session, verifier: Verifier, wanted: int) -> Iterator[StepRe
 
 def _step(session: Session, verifier: Verifier, micro_batches: list[list[Batch]]) -> StepReport:
     return verifier.step(
-        [[inputs_of(batch) for batch in of_rank] for of_rank in micro_batches],
+        [[session.recipe.inputs(batch) for batch in of_rank] for of_rank in micro_batches],
         [[batch.tokens for batch in of_rank] for of_rank in micro_batches],
         lr_scheduler=session.scheduler,
         max_norm=session.config.optimizer.clip,
@@ -148,13 +149,12 @@ def _step(session: Session, verifier: Verifier, micro_batches: list[list[Batch]]
 def _all_batches(session: Session, steps: int) -> Iterator[list[list[Batch]]]:
     """Yield the micro-batches of each step: by rank, then in order."""
     loaders = [
-        StepLoader(
-            session.data.train,
+        session.data.steps(
             dataclasses.replace(session.layout, rank=rank),
             seed=session.config.schedule.seed,
             steps=steps,
             # Only what this rank trains on goes the way that it goes in training.
-            pin_memory=session.world.device.type == "cuda" and rank == session.world.rank,
+            pin=session.world.device.type == "cuda" and rank == session.world.rank,
         )
         for rank in range(session.world.world_size)
     ]
@@ -170,25 +170,19 @@ def _refuse_to_go_on(session: Session) -> None:
 
 
 def _family_names(module: nn.Module) -> Mapping[torch.Tensor, str]:
-    if not isinstance(module, CausalLanguageModel):
+    if not isinstance(module, TaskModel):
         raise TypeError(f"expected the model wrapper, not {type(module).__name__}")
-    return tensor_names(module.pretrained)[0]
+    return own_names(module.pretrained)[0]
 
 
 def _reference_factory(session: Session) -> Any:
     config = session.config
 
     def build() -> tuple[nn.Module, torch.optim.Optimizer]:
-        planned = plan_language_model(config).fetched(config)
-        pretrained, _ = planned.build(session.data.tokenizer, config, torch.device("cpu"))
+        planned = session.recipe.plan(config).fetched(config)
         # The same kernels as the system's: what is judged is the plugin, not the compiler.
-        if config.plugin.compile:
-            compile_blocks(
-                pretrained, planned.family, checkpointing=config.model.checkpointing, preserve_rng_state=False
-            )
-        elif config.model.checkpointing:
-            enable_activation_checkpointing(pretrained, preserve_rng_state=False)
-        groups = decay_groups(pretrained.named_parameters(), config.optimizer.weight_decay)
-        return CausalLanguageModel(pretrained, planned.family), adamw(groups, config.optimizer.learning_rate or 0.0)
+        model, _, _ = build_model(config, session.recipe, planned, session.data, torch.device("cpu"))
+        groups = decay_groups(model.pretrained.named_parameters(), config.optimizer.weight_decay)
+        return model, adamw(groups, config.optimizer.learning_rate or 0.0)
 
     return build

@@ -19,8 +19,8 @@ class Thresholds:
         gradient: of a reduced gradient (|difference| / max(|g|, rms of all gradients x sqrt(n))), and of the loss.
         norm: relative, of the norm that the system reported.
         clip: relative, of an element of the clipped gradient.
-        step_ulps: units in the last place between an element of the system's step and of the replayed one; 0 is
-            equality to the bit.
+        step_ulps: units in the last place between an element of the system's step and of the replayed one, of a
+            weight those of the numbers that were subtracted (`replay.subtraction_scale`); 0 is equality to the bit.
     """
 
     gradient: float

@@ -109,7 +109,7 @@ class Verifier:
         if counts is None:
             module, criterion = self._model.unwrap(), self._model.criterion
             counts = [[count_terms(batch, module, criterion) for batch in batches] for batches in micro_batches]
-        with _exact_products(self._form):
+        with _comparable(self._form):
             return self._watched(micro_batches, counts, lr_scheduler, max_norm)
 
     def _watched(
@@ -297,12 +297,21 @@ def _from_main(world: World, reports: Sequence[StepReport], failure: Exception |
 
 
 @contextmanager
-def _exact_products(form: Form) -> Iterator[None]:
-    """Multiply fp32 matrices in fp32 on both sides: TF32 has 10 bits of mantissa, which hide what is to be seen."""
+def _comparable(form: Form) -> Iterator[None]:
+    """Have both sides compute so that they can be compared.
+
+    fp32 matrices are multiplied in fp32: TF32 has 10 bits of mantissa, which hide what is to be seen. On a GPU sums are
+    made in a fixed order where torch has a kernel that does: attention's backward adds in whatever order its blocks are
+    done, and in 16 bits two runs of one program then differ by a hundredth after some tens of layers.
+    """
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    fixed = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if form.precision == "fp32":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if form.device.type == "cuda" and not fixed[0]:
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
     try:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        torch.use_deterministic_algorithms(mode=fixed[0], warn_only=fixed[1])

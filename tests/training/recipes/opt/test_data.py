@@ -13,8 +13,9 @@ from tiny_texts import write_text
 from albireo.config import MachineFacts, RunConfig, merge, resolve
 from albireo.data import TokenBlocks, load_tokenizer
 from albireo.errors import DataError
+from albireo.training.language_data import RANDOM_BLOCKS, LanguageData
 from albireo.training.progress import Progress
-from albireo.training.text import RANDOM_BLOCKS, RunData, load_run_data
+from albireo.training.recipes.opt.data import load_run_data
 
 
 def config_of(**options: Any) -> RunConfig:
@@ -26,7 +27,7 @@ def text(tmp_path: Path) -> Path:
     return write_text(tmp_path / "text.txt", lines=60)
 
 
-def load(cache: Path, *, screen: io.StringIO | None = None, tokenizer: Any = None, **options: Any) -> RunData:
+def load(cache: Path, *, screen: io.StringIO | None = None, tokenizer: Any = None, **options: Any) -> LanguageData:
     config = config_of(cache=str(cache), **options)
     with Progress(stream=screen or io.StringIO()) as progress:
         return load_run_data(config, tokenizer=tokenizer, vocab_size=300, progress=progress)

@@ -1,0 +1,1 @@
+"""GPT-2 on instructions: a language model that answers."""

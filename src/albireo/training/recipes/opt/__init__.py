@@ -1,0 +1,1 @@
+"""OPT on text: a language model on packed blocks."""
