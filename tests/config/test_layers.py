@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from albireo.config import (
     MachineFacts,
+    PluginConfig,
     RunConfig,
     config_from_mapping,
     config_to_mapping,
@@ -58,6 +59,31 @@ def test_another_plugin_begins_without_the_placement_of_the_one_before() -> None
     assert merge(begun, {"offload_param_frac": 1.0}).plugin.offload_optim_frac == 0.5
     # What is said together is kept, to be refused.
     assert merge(begun, {"plugin": "torch_fsdp", "prefetch": 1}).plugin.prefetch == 1
+
+
+def test_a_share_and_an_automatic_placement_replace_each_other() -> None:
+    machine = MachineFacts("cpu", 1, bf16_is_native=False)
+
+    def resumed(begun: dict[str, object], then: dict[str, object]) -> PluginConfig:
+        """A run goes on by what was resolved, as its file has it, and by the flags."""
+        told = config_to_mapping(resolve(merge(RunConfig(), {"plugin": "gemini", **begun}), machine))
+        return resolve(merge(config_from_mapping(told, where="test"), then), machine).plugin
+
+    now = resumed({}, {"offload_optim_frac": 0.5})
+    assert (now.placement, now.offload_optim_frac, now.shard_param_frac) == ("static", 0.5, 1.0)
+    now = resumed({"offload_param_frac": 0.25}, {"placement": "auto"})
+    assert (now.placement, now.offload_optim_frac, now.offload_param_frac, now.shard_param_frac) == (
+        "auto",
+        None,
+        None,
+        None,
+    )
+    now = resumed({"offload_param_frac": 0.25}, {"offload_optim_frac": 0.5})
+    assert (now.placement, now.offload_optim_frac, now.offload_param_frac) == ("static", 0.5, 0.25)
+    assert resumed({"offload_param_frac": 0.25}, {"placement": "static"}).offload_param_frac == 0.25
+    # What is said together is refused.
+    with pytest.raises(ConfigError, match="leave one of them out"):
+        resumed({}, {"placement": "auto", "offload_optim_frac": 0.5})
 
 
 def test_a_file_that_holds_both_keeps_both() -> None:

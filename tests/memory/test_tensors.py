@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from albireo.device.lanes import Arrival
+from albireo.device.lanes import Arrival, ImmediateLane
 from albireo.device.pool import SimulatedPool
 from albireo.distributed import World
 from albireo.errors import OutOfMemoryError
@@ -274,6 +274,29 @@ def test_a_chunk_is_used_once_it_is_stepped(dtype: torch.dtype, resident: list[i
             assert torch.equal(weight_of(chunk), master.detach().to(dtype))
         assert not torch.equal(weight_of(manager.chunks[0]), before)
     stepping.stepper.close()
+
+
+def test_new_weights_go_to_what_is_resident_once_the_whole_chunk_is_stepped() -> None:
+    """On a lane that copies at once: the simulated one copies so late that too early does not show."""
+    pool = SimulatedPool(CPU, None)
+    weights = [nn.Parameter(torch.full((NUMEL,), float(number))) for number in range(4)]
+    numel = FlatLayout.of([(NUMEL,)] * 4, 1).numel
+    sizes = ChunkSizes(numel, 1, torch.bfloat16, trained=True, is_root=False)
+    chunk = Chunk(0, weights, sizes, ALONE, pool, ParameterValues(), states="host", home="host")
+    chunk.resident = True
+    pool.take_back(chunk.compute)
+    manager = StatefulTensorManager([chunk], pool)
+    optimizer = HybridAdam([fragment.master for fragment in chunk.fragments], lr=0.5)
+    stepper = HostStepper(optimizer, threads=1, compiled=False)
+    manager.host_steps = HostSteps(stepper, ImmediateLane())
+    for _ in range(2):
+        manager.host_steps.open(1.0, fenced=True)
+        manager.host_steps.hand_over(chunk, lambda _: (torch.ones(NUMEL), Told(lambda: None)), manager.stale)
+        manager.host_steps.seal()
+        manager.flush()
+        for fragment, weight in zip(chunk.fragments, chunk.parameters, strict=True):
+            assert torch.equal(weight.detach(), fragment.master.detach().to(torch.bfloat16))
+    stepper.close()
 
 
 def test_a_chunk_without_a_gradient_is_not_stepped(stepping: Stepping) -> None:

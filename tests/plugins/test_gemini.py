@@ -122,6 +122,21 @@ def test_fractions_are_kept_by_bytes_whatever_the_size_of_chunks() -> None:
         assert abs(weights - 0.7 * whole) <= largest
 
 
+def test_gradients_come_back_with_the_states_that_come_to_the_device() -> None:
+    """The first step sends all of them to the host; what is stepped on the device is then found there."""
+    booster, model, optimizer = boosted(gemini(), "plain")
+    booster.backward(model(**KINDS["plain"].batch(0, 0, 0))[0], optimizer)
+    inner = gemini_of(model)
+    offload = inner.gradients.offload
+    assert offload is not None
+    fragments = [fragment for chunk in inner.chunks for fragment in chunk.fragments]
+    assert all(offload.in_flight(fragment) is not None for fragment in fragments)
+    optimizer.clip_grad_by_norm(0.5)
+    assert all(offload.in_flight(fragment) is None for fragment in fragments)
+    assert not offload._buffers
+    assert all(inner.gradients.kept_bytes(chunk) > 0 for chunk in inner.chunks)
+
+
 @pytest.mark.parametrize("how", [{}, AWAY, {"placement_policy": "static"}], ids=["auto", "away", "here"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_loop_of_the_users_own_accumulates_with_no_sync(how: dict[str, Any], precision: str) -> None:

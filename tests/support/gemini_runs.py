@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -135,6 +135,22 @@ def left(run: Boosted) -> dict[str, str]:
     names, _ = tensor_names(model.unwrap())
     parts = booster.plugin.export_state(model, optimizer, names, booster.world)
     return {f"{part.name}@{part.start}": digest(part.data) for part in parts}
+
+
+def slices(run: Boosted) -> list[list[Any]]:
+    """Return the name, the first element and the bytes, in hex, of each slice that this rank saves."""
+    booster, model, optimizer = run
+    names, _ = tensor_names(model.unwrap())
+    parts = booster.plugin.export_state(model, optimizer, names, booster.world)
+    return [[part.name, part.start, part.data.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes().hex()] for part in parts]  # fmt: skip
+
+
+def joined(ranks: Sequence[list[list[Any]]]) -> dict[str, str]:
+    """Return each tensor's bytes, whatever the slices in which ranks have it."""
+    found: dict[str, dict[int, str]] = {}
+    for name, start, data in (part for rank in ranks for part in rank):
+        found.setdefault(name, {})[start] = data
+    return {name: "".join(data for _, data in sorted(parts.items())) for name, parts in found.items()}
 
 
 def digest(tensor: torch.Tensor) -> str:

@@ -202,6 +202,80 @@ def test_a_kill_at_any_moment_loses_nothing(
         assert_same_run(folder, undisturbed)
 
 
+GEMINI = {
+    "auto": "--plugin gemini",
+    "auto under a cap": "--plugin gemini --mem-cap 0.01",
+    "static halves": "--plugin gemini --offload-optim-frac 0.5 --offload-param-frac 0.5",
+}
+
+
+@pytest.fixture(scope="module")
+def gemini_runs(
+    train_server: TrainServer, flags: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """Return the folder of a whole run of a way of Gemini's."""
+
+    @cache
+    def run(way: str) -> Path:
+        folder = tmp_path_factory.mktemp("gemini") / "run"
+        ended = train_server.run([*flags, *shlex.split(GEMINI[way]), "--output", str(folder)])
+        assert ended.code == 0, ended.errors
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("way", ["auto under a cap"])
+def test_gemini_goes_on_to_the_very_bits_after_a_crash(
+    train_server: TrainServer, flags: list[str], gemini_runs: Callable[[str], Path], tmp_path: Path, way: str
+) -> None:
+    whole = gemini_runs(way)
+    arguments = [*flags, *shlex.split(GEMINI[way]), "--output"]
+    listed = tmp_path / "operations.txt"
+    assert train_server.run([*arguments, str(tmp_path / "listed")], operations=listed).code == 0
+    second = [number for number, line in enumerate(listed.read_text().splitlines()) if "step-00000004" in line]
+    folder = tmp_path / "run"
+    assert train_server.run([*arguments, str(folder)], crash_at=second[len(second) // 2]).code == 137
+    resume(train_server, folder, [*flags, *shlex.split(GEMINI[way])])
+    assert_same_run(folder, whole)
+
+
+def test_where_gemini_has_things_changes_no_bit_of_a_run(undisturbed: Path, gemini_runs: Callable[[str], Path]) -> None:
+    """Nor does the plugin, in fp32 and alone, where gradients are not clipped by a norm that was added up otherwise."""
+    first, *others = map(gemini_runs, GEMINI)
+    for other in others:
+        assert_same_run(other, first)
+    (rows, evaluations), (plain_rows, plain_evaluations) = losses(first), losses(undisturbed)
+    for ours, theirs in zip([*rows, *evaluations], [*plain_rows, *plain_evaluations], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("way", "goes_on"),
+    [
+        ("auto", "--plugin torch_ddp"),
+        ("static halves", "--plugin low_level_zero"),
+        ("auto under a cap", "--plugin gemini --offload-optim-frac 1 --offload-param-frac 1 --mem-cap 0"),
+        ("static halves", "--plugin gemini --offload-optim-frac 1"),
+    ],
+)
+def test_a_run_of_geminis_goes_on_under_another_plugin_or_placement(
+    train_server: TrainServer, gemini_runs: Callable[[str], Path], tmp_path: Path, way: str, goes_on: str
+) -> None:
+    whole = gemini_runs(way)
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.rmtree(folder / "checkpoints" / "step-00000009")
+    ended = train_server.run(["train", "opt", "--resume", str(folder), *shlex.split(goes_on)])
+    assert ended.code == 0, ended.errors
+    assert "going on from the checkpoint of step 8" in ended.errors
+    (rows, evaluations), (wanted_rows, wanted_evaluations) = losses(folder), losses(whole)
+    assert rows[:8] == wanted_rows[:8]
+    if "gemini" in goes_on:
+        assert_same_run(folder, whole)
+    for ours, theirs in zip([rows[8], evaluations[-1]], [wanted_rows[8], wanted_evaluations[-1]], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 def test_there_is_nothing_to_resume_where_no_run_began(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="there is no such folder"):
         plan_run(recipe="opt", options={}, resume=tmp_path / "nowhere")
@@ -229,11 +303,14 @@ SAMPLE = [
     Way("--plugin low_level_zero --dropout 0.1", kill="launcher"),
     Way("--plugin low_level_zero --cpu-offload", kill="ctrl-c"),
     Way("--plugin low_level_zero --precision fp16", crash=0),
+    Way("--plugin gemini --precision bf16 --offload-optim-frac 1 --offload-param-frac 1", kill="ctrl-c"),
 ]
 MORE = [
     Way("--plugin torch_ddp_fp16 --dropout 0.1"),
     Way("--plugin torch_fsdp --precision bf16 --cpu-offload"),
     Way("--plugin low_level_zero --precision bf16 --cpu-offload"),
+    Way("--plugin gemini --dropout 0.1"),
+    Way("--plugin gemini --precision fp16 --offload-optim-frac 0.5 --offload-param-frac 0.5 --shard-param-frac 0.5"),
 ]
 
 
@@ -376,6 +453,7 @@ ELSEWHERE = [
     ("--plugin low_level_zero --zero-stage 1", "--plugin torch_ddp --gpus 1 --batch-size 4"),
     ("--plugin torch_fsdp", "--plugin low_level_zero --gpus 1 --accumulate 4"),
     ("--plugin low_level_zero --cpu-offload", "--plugin torch_fsdp --no-cpu-offload"),
+    ("--plugin torch_fsdp", "--plugin gemini --gpus 1 --accumulate 4"),
 ]
 
 

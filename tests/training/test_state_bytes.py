@@ -187,5 +187,13 @@ def test_offloading_frees_the_device(options: dict[str, Any], gpus: int) -> None
     assert offloaded.device.states == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"offload_optim_frac": 1.0}, {"precision": "bf16", "gpus": 2, "mem_cap": 1.0}])
+def test_what_gemini_takes_is_not_told_before_the_memories_are_known(options: dict[str, Any]) -> None:
+    """Its planner refuses what cannot be, with the least that can; a table would refuse what can."""
+    needs = needs_of(config_of(plugin="gemini", **options))
+    for memory in ("device", "host", "one"):
+        assert needs.bytes_per_parameter(memory) == 0  # type: ignore[arg-type]
+
+
 def test_a_total_is_its_parts() -> None:
     assert StateBytes(1, 2, 4).total == 7

@@ -17,6 +17,8 @@ __all__ = ["config_from_mapping", "config_to_mapping", "merge", "read_config_fil
 
 # Either of two options that say the same thing twice replaces what an earlier layer said by the other.
 _RIVALS = {"steps": "epochs", "epochs": "steps"}
+# So do shares, which mean a static placement, and an automatic one; what is said together is left to be refused.
+_SHARES = ("offload_optim_frac", "offload_param_frac", "shard_param_frac")
 
 
 def config_to_mapping(config: RunConfig) -> dict[str, Any]:
@@ -69,8 +71,9 @@ def merge(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         values: option name to value.
 
     Returns:
-        The new configuration. Steps given alone take the place of epochs, and the other way round; with another plugin,
-        what the one before alone has is gone; with another kind of adapter, so are the options of the one before.
+        The new configuration. Steps given alone take the place of epochs, and the other way round; so do shares and an
+        automatic placement; with another plugin, what the one before alone has is gone; with another kind of adapter, so
+        are the options of the one before.
 
     Raises:
         ConfigError: an unknown name or a wrong value.
@@ -85,6 +88,11 @@ def merge(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
         rival = _RIVALS.get(name)
         if rival is not None and rival not in values and value is not None:
             changes[info.section][rival] = None
+    if values.get("placement") == "auto":
+        for name in _SHARES:
+            changes["plugin"].setdefault(name, None)
+    if config.plugin.placement == "auto" and any(values.get(name) is not None for name in _SHARES):
+        changes["plugin"].setdefault("placement", None)
     # What one plugin alone has says nothing of another, and no flag takes it back.
     if values.get("plugin", config.plugin.plugin) != config.plugin.plugin:
         for name in PLUGIN_OPTIONS:
