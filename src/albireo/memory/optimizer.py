@@ -113,7 +113,9 @@ class GeminiOptimizer(ShardedOptimizer):
             if self._manager.host_steps is not None:
                 self._manager.host_steps.abandon()
         finally:
-            super().abandon_step(reduced=reduced)
+            # Ranks that fetch weights together stand at a fetch, not at a reduction: there is no collective that this one
+            # could still come to. The watchdog ends them, and names it.
+            super().abandon_step(reduced=reduced or self._world.world_size > 1)
             self._conductor.abandon()
 
     def flush(self) -> None:
