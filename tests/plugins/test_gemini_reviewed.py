@@ -110,8 +110,9 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("clip", [0.0, 0.01])
-@pytest.mark.parametrize(("precision", "accumulate"), [("fp32", 1), ("fp32", 2), ("bf16", 1), ("bf16", 2)])
+@pytest.mark.parametrize(
+    ("precision", "accumulate", "clip"), [("fp32", 1, 0.0), ("fp32", 1, 0.01), ("fp32", 2, 0.01), ("bf16", 2, 0.01)]
+)
 def test_states_that_leave_between_backward_and_step(precision: str, accumulate: int, clip: float) -> None:
     least = least_bytes("plain", precision=precision, accumulate=accumulate)
 
@@ -149,28 +150,43 @@ def test_states_that_leave_since_activations_grew_faster_than_the_batch() -> Non
     assert any(moves)
 
 
-def moving_case(world: World) -> list[Any]:
+def test_states_that_leave_since_they_were_on_the_device_for_want_of_room_on_the_host() -> None:
+    """The first step begins with what the host has no room for on the device; what it sees says that it has."""
+    wanted = boosted(gemini(), "plain")
+    train(wanted, "plain", range(2), 1, 0.01)
+    moves = []
+    for cap in range(130_000, 150_001, 5_000):
+        run = boosted(gemini(mem_cap_bytes=4 * least_bytes("plain"), host_cap_bytes=cap), "plain")
+        moved = moves_to_host(run)
+        train(run, "plain", range(2), 1, 0.01)
+        assert left(run) == left(wanted)
+        moves += moved
+    assert any(moves)
+
+
+def moving_case(world: World, precision: str, accumulate: int, clip: float) -> list[Any]:
     found = []
     with late_and_alone():
-        least = least_bytes("plain", world=world)
-        for clip in (0.0, 0.01):
-            for moves in (False, True):
-                run = boosted(gemini(), "plain", world)
-                one(run, 1, max_norm=clip)
-                moved = tightened(run, least) if moves else [0, 0]
-                before = left(run)
-                numbers = [one(run, 2, step=step, max_norm=clip) for step in (1, 2)]
-                after = left(run)
-                assert moves == (moved[1] > 0)
-                assert all(after[name] != before[name] for name in before)
-                found.append([numbers, after])
+        least = least_bytes("plain", world=world, precision=precision, accumulate=accumulate)
+        for moves in (False, True):
+            run = boosted(gemini(precision=precision), "plain", world)
+            one(run, 1, accumulate=accumulate, max_norm=clip)
+            moved = tightened(run, least) if moves else [0, 0]
+            before = left(run)
+            numbers = [one(run, 2, step=step, accumulate=accumulate, max_norm=clip) for step in (1, 2)]
+            after = left(run)
+            assert moves == (moved[1] > 0)
+            assert all(after[name] != before[name] for name in before)
+            found.append([numbers, after])
     return found
 
 
-def test_states_that_leave_between_backward_and_step_over_ranks(run_case: Run) -> None:
-    for rank in run_case(moving_case, 2):
+@pytest.mark.parametrize(("precision", "accumulate", "clip"), [("fp32", 1, 0.0), ("fp32", 2, 0.01), ("bf16", 2, 0.01)])
+def test_states_that_leave_between_backward_and_step_over_ranks(
+    run_case: Run, precision: str, accumulate: int, clip: float
+) -> None:
+    for rank in run_case(moving_case, 2, precision=precision, accumulate=accumulate, clip=clip):
         assert rank[1] == rank[0]
-        assert rank[3] == rank[2]
 
 
 def uses_of(run: Boosted) -> dict[str, Callable[[], object]]:
@@ -286,7 +302,6 @@ def test_a_placement_that_fails_in_clip_leaves_no_gradients(after: int) -> None:
     assert left(run) == left(wanted)
 
 
-@pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize(
     "plugin",
     [
@@ -298,14 +313,12 @@ def test_a_placement_that_fails_in_clip_leaves_no_gradients(after: int) -> None:
     ],
     ids=["away", "half", "auto", "zero", "zero 2"],
 )
-def test_what_is_boosted_can_be_freed(
-    plugin: Callable[[], Plugin], steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_boosted_can_be_freed(plugin: Callable[[], Plugin], monkeypatch: pytest.MonkeyPatch) -> None:
     # Steps are under way when it is let go of: they end by themselves.
     monkeypatch.setattr(host_stepper, "choose_kernel", lambda threads, **_: TorchKernel(threads))
     threads = set(threading.enumerate())
     run = boosted(plugin(), "plain")
-    train(run, "plain", range(steps))
+    train(run, "plain", range(2))
     refs = [weakref.ref(part) for part in (*run[1].unwrap().parameters(), run[1].unwrap(), run[1], run[2])]
     del run
     deadline = time.monotonic() + 5.0
@@ -351,7 +364,7 @@ def test_a_watched_step_that_failed_is_watched_anew(before: int) -> None:
     assert left(run) == left(wanted)
 
 
-@pytest.mark.parametrize("options", [{}, AWAY, HALF], ids=["auto", "away", "half"])
+@pytest.mark.parametrize("options", [{}, HALF], ids=["auto", "half"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_the_plugins_own_bound_clips(precision: str, options: dict[str, Any]) -> None:
     def trained(own: float, given: float) -> dict[str, str]:
@@ -363,7 +376,7 @@ def test_the_plugins_own_bound_clips(precision: str, options: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("options", [{}, AWAY, HALF], ids=["auto", "away", "half"])
+@pytest.mark.parametrize("options", [{}, HALF], ids=["auto", "half"])
 @pytest.mark.parametrize("bounds", [(1.0, 0.5), (0.5, 1.0), (0.0, 0.5), (0.5, 0.0)], ids=str)
 def test_clipping_twice_clips_as_torch_does(
     bounds: tuple[float, float], options: dict[str, Any], precision: str
