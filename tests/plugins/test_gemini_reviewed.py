@@ -194,10 +194,10 @@ def uses_of(run: Boosted) -> dict[str, Callable[[], object]]:
     booster, model, optimizer = run
     names, _ = tensor_names(model.unwrap())
     return {
+        "save": lambda: list(booster.plugin.export_state(model, optimizer, names, ALONE)),
         "step": lambda: train(run, "plain", range(1)),
         "own step": lambda: own_step(run, 3),
         "forward": lambda: model(**rows_of(3, 2)),
-        "save": lambda: list(booster.plugin.export_state(model, optimizer, names, ALONE)),
         "read": lambda: list(booster.plugin.readable_weights(model)),
         "flush": model.flush,  # type: ignore[dict-item]
     }
