@@ -391,7 +391,11 @@ TOGETHER = [
     ({"plugin": "torch_ddp", "zero_stage": 1}, "", ("--zero-stage is for --plugin low_level_zero",)),
     ({"plugin": "torch_ddp", "cpu_offload": True}, "", ("--cpu-offload", "--no-cpu-offload if a file")),
     ({"cpu_offload": True, "plugin": "torch_fsdp"}, "--plugin torch_ddp", ("--cpu-offload", "--no-cpu-offload if a file")),
-    ({"placement": "auto", "plugin": "gemini"}, "--shard-param-frac 0.5", ("--shard-param-frac is for --placement static",)),
+    (
+        {"placement": "auto", "plugin": "gemini", "shard_param_frac": 0.5},
+        "",
+        ("--shard-param-frac is for --placement static", "leave one of them out"),
+    ),
     ({"plugin": "low_level_zero", "prefetch": 2}, "", ("--prefetch is for --plugin gemini", "leave it out")),
     ({"precision": "bf16"}, "--plugin torch_ddp_fp16", ("torch_ddp_fp16", "not in bf16", "--precision fp16")),
 ]  # fmt: skip
