@@ -97,7 +97,9 @@ class Conductor:
         # Alone, a rank may do with less than was planned. With others it fetches what all fetch, in one order: what the
         # pool's budget refuses it refuses on all, but a device may be full on one alone.
         alone = all(chunk.ranks == 1 for chunk in manager.chunks)
-        self._no_room: tuple[type[Exception], ...] = (OutOfMemoryError, torch.OutOfMemoryError) if alone else (OutOfMemoryError,)
+        self._no_room: tuple[type[Exception], ...] = (
+            (OutOfMemoryError, torch.OutOfMemoryError) if alone else (OutOfMemoryError,)
+        )
         self._in_backward = False
         self._in_forward = self._in_training_forward = False
         self._step_began = False
