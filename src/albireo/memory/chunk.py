@@ -15,6 +15,7 @@ from albireo.distributed import World
 from albireo.distributed.collectives import Transfer
 from albireo.memory.sizes import ChunkSizes
 from albireo.sharding import FlatLayout, Fragment
+from albireo.sharding.untouched import moved_weight, version_of, written_weight
 from albireo.sharding.weight_source import WeightSource
 
 __all__ = ["Chunk", "Home", "States"]
@@ -98,7 +99,7 @@ class Chunk:
         for parameter in self.parameters:
             parameter.grad = None
         self.detach()
-        self._versions = [_version(parameter) for parameter in self.parameters]
+        self._versions = [version_of(parameter) for parameter in self.parameters]
 
     @property
     def rest(self) -> None:
@@ -145,7 +146,7 @@ class Chunk:
         away = self._pool.nan(self.dtype).data_ptr()
         for parameter, view in zip(self.parameters, self._views, strict=True):
             if parameter.data_ptr() != away:
-                raise _moved(view.shape)
+                raise moved_weight(view.shape)
             parameter.data = view
         self.is_attached = True
 
@@ -172,7 +173,7 @@ class Chunk:
     def count_change(self) -> None:
         """Let autograd see that the weights are others: a backward through a forward of before would be wrong."""
         torch.autograd.graph.increment_version(list(self.parameters))
-        self._versions = [_version(parameter) for parameter in self.parameters]
+        self._versions = [version_of(parameter) for parameter in self.parameters]
 
     def check_untouched(self) -> None:
         """Refuse weights that somebody else has changed: the next step would undo it, or not see it.
@@ -185,12 +186,9 @@ class Chunk:
         for parameter, segment, view, version in parts:
             place = view.data_ptr() if self.is_attached else away
             if parameter.data_ptr() != place or parameter.dtype != self.dtype:
-                raise _moved(segment.shape)
-            if _version(parameter) != version:
-                raise RuntimeError(
-                    f"a weight of shape {segment.shape} was written to, which the next step would undo: load weights by "
-                    "booster.load_model"
-                )
+                raise moved_weight(segment.shape)
+            if version_of(parameter) != version:
+                raise written_weight(segment.shape)
 
     def place(self, states: States, home: Home, optimizer: torch.optim.Optimizer | None) -> None:
         """Move masters, optimizer states and home. What is stepped and what computes keep every bit.
@@ -276,19 +274,6 @@ class Chunk:
             return self.partition
         numel = self.layout.partition_numel
         return self._pool.empty(numel, self.dtype) if home == "device" else self._pool.host(numel, self.dtype)
-
-
-def _moved(shape: tuple[int, ...]) -> RuntimeError:
-    return RuntimeError(
-        f"a weight of shape {tuple(shape)} has left its place: a boosted model must not be cast, moved or given other "
-        "tensors; load weights by booster.load_model"
-    )
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Return autograd's count of writes to a tensor."""
-    version: int = tensor._version  # noqa: SLF001  the one way to it
-    return version
 
 
 def _counts_on_device(optimizer: torch.optim.Optimizer, fragment: Fragment) -> bool:

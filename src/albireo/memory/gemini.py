@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -116,7 +117,8 @@ class Gemini:
             prefetch=setting.policy.prefetch,
         )
         self.conductor.on_step_begins = self._begin_step
-        self.conductor.on_backward_enters = self._pace
+        if isinstance(self.gradients, ReducedGradients):
+            self.conductor.on_backward_enters = partial(_pace, self.gradients)
         self.gradients.on_gradient = self._hear_gradient
         hook_units(units, self.conductor)
         self._optimizer: torch.optim.Optimizer | None = None
@@ -199,13 +201,6 @@ class Gemini:
     def _is_on_host(self, bucket: object) -> bool:
         return isinstance(bucket, Chunk) and bucket.states_place == "host"
 
-    def _pace(self, done: frozenset[Chunk]) -> None:
-        """Reduce gradients up to the first chunk whose backward is not over, the same on all ranks."""
-        if isinstance(self.gradients, ReducedGradients):
-            buckets = self.gradients.buckets
-            first = next((place for place, bucket in enumerate(buckets) if bucket not in done), len(buckets))
-            self.gradients.send_until(first)
-
     def _begin_step(self, elements: int) -> None:
         """See whether anything is known of a batch as large as this one."""
         elements = int(max(row[0] for row in self._setting.world.gather_numbers([float(elements)])))
@@ -251,6 +246,12 @@ class Gemini:
             kept = self._optimizer.state.get(fragment.master, {}) if self._optimizer is not None else {}
             states += sum(t.numel() * t.element_size() for t in kept.values() if isinstance(t, torch.Tensor))
         return self._setting.pool.owned_bytes + states + sum(self.gradients.kept_bytes(chunk) for chunk in on_device)
+
+
+def _pace(gradients: ReducedGradients, done: frozenset[Chunk]) -> None:
+    """Reduce gradients up to the first chunk whose backward is not over, the same on all ranks."""
+    buckets = gradients.buckets
+    gradients.send_until(next((place for place, bucket in enumerate(buckets) if bucket not in done), len(buckets)))
 
 
 def _plan(

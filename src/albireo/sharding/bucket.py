@@ -15,6 +15,7 @@ from albireo.distributed import World
 from albireo.distributed.collectives import Transfer, all_gather_into
 from albireo.optim.split_weights import join, split
 from albireo.sharding.flat import Cut, FlatLayout, plan_buckets
+from albireo.sharding.untouched import moved_weight, version_of, written_weight
 
 __all__ = ["Bucket", "Fragment", "make_buckets"]
 
@@ -129,7 +130,7 @@ class Bucket:
             # The old memory goes with this, one parameter at a time: there are never two copies of a whole model.
             parameter.data = self.compute[segment.offset : segment.stop].view(parameter.shape)
         self.fragments = tuple(fragments)
-        self._versions = [_version(parameter) for parameter in self.parameters]
+        self._versions = [version_of(parameter) for parameter in self.parameters]
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -161,7 +162,7 @@ class Bucket:
             self.partition.copy_(self.master)
         # Autograd is to see that the weights are others: a backward through a forward of before would be wrong.
         torch.autograd.graph.increment_version(list(self.parameters))
-        self._versions = [_version(parameter) for parameter in self.parameters]
+        self._versions = [version_of(parameter) for parameter in self.parameters]
         if self.layout.ranks == 1:
             return Transfer(None)
         return all_gather_into(self.compute, self.partition)
@@ -175,21 +176,9 @@ class Bucket:
         for parameter, segment, version in zip(self.parameters, self.layout.segments, self._versions, strict=True):
             place = self.compute[segment.offset : segment.stop]
             if parameter.data_ptr() != place.data_ptr() or parameter.dtype != place.dtype:
-                raise RuntimeError(
-                    f"a weight of shape {segment.shape} has left its place: a boosted model must not be cast, moved or "
-                    "given other tensors; load weights by booster.load_model"
-                )
-            if _version(parameter) != version:
-                raise RuntimeError(
-                    f"a weight of shape {segment.shape} was written to, which the next step would undo: load weights by "
-                    "booster.load_model"
-                )
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Return autograd's count of writes to a tensor."""
-    version: int = tensor._version  # noqa: SLF001  the one way to it
-    return version
+                raise moved_weight(segment.shape)
+            if version_of(parameter) != version:
+                raise written_weight(segment.shape)
 
 
 def make_buckets(
