@@ -48,8 +48,9 @@ def main() -> None:
     for row in arguments.rows:
         done.append(_measure(row, arguments))
         print(_line(done[-1]), flush=True)
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps({"command": sys.argv, "rows": done}, indent=1) + "\n")
+        # After each row: a run that is cut off keeps what it had.
+        if arguments.output is not None:
+            arguments.output.write_text(json.dumps({"command": sys.argv, "rows": done}, indent=1) + "\n")
 
 
 def _measure(row: str, arguments: argparse.Namespace) -> dict[str, Any]:
