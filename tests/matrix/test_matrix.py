@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from equality_matrix import AXES, Cell, cells, name_of, pairwise_cells, run_cells
+from equality_matrix import AXES, Cell, cells, complaints, pairwise_cells, run_cells
 
 from albireo.distributed import World, join_world, leave_world
 
 WORLD_SIZES = (1, 2, 4)
-# The smallest model has two blocks, of which one may be frozen; there are two steps.
-LEAST_COMPARED = 2 * 16
 
 
 @pytest.fixture
@@ -32,20 +29,7 @@ def verified(request: pytest.FixtureRequest, world_size: int, chosen: list[Cell]
         results = [run_cells(request.getfixturevalue("alone"), chosen)]
     else:
         results = request.getfixturevalue({2: "two_ranks", 4: "four_ranks"}[world_size]).run(run_cells, cells=chosen)
-    lines = []
-    for number, cell in enumerate(chosen):
-        lines += [f"{name_of(cell)}, rank {rank}: {found}" for rank, found in _bad([r[number] for r in results])]
-    return lines
-
-
-def _bad(results: list[dict[str, Any]]) -> Iterator[tuple[int, str]]:
-    for rank, result in enumerate(results):
-        if "refused" in result:
-            yield rank, f"refused: {result['refused']}"
-        elif result["failures"]:
-            yield rank, f"{len(result['failures'])} failures, the first: {result['failures'][0]}"
-        elif result["compared"] < LEAST_COMPARED:
-            yield rank, f"only {result['compared']} gradients were compared"
+    return complaints(chosen, results)
 
 
 def test_the_sample_has_every_pair_of_values() -> None:

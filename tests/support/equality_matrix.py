@@ -21,6 +21,8 @@ from albireo.verify import Verifier
 Cell = dict[str, Any]
 
 VOCABULARY, LENGTH, STEPS = 96, 12, 2
+# The smallest model has two blocks, of which one may be frozen; there are two steps.
+LEAST_COMPARED = 2 * 16
 
 PLUGINS: Mapping[str, Callable[..., Plugin]] = {
     # A branch that a rank leaves out has no gradient there, which DDP must be told to look for.
@@ -155,10 +157,11 @@ def _batches(kind: str, step: int, rank: int, accumulate: int) -> list[dict[str,
     return batches
 
 
-def run_cell(world: World, cell: Cell) -> dict[str, Any]:
+def run_cell(world: World, cell: Cell, *, on_gpu: bool = False) -> dict[str, Any]:
     """Verify a cell, on every rank; a cell that is refused says why."""
     torch.set_num_threads(1)
-    world = World(world.rank, world.world_size, world.local_rank, torch.device("cpu"))
+    device = world.device if on_gpu else torch.device("cpu")
+    world = World(world.rank, world.world_size, world.local_rank, device)
     kind = cell["model"]
     try:
         booster = Booster(plugin=PLUGINS[cell["plugin"]](cell["precision"]), world=world)
@@ -177,6 +180,29 @@ def run_cell(world: World, cell: Cell) -> dict[str, Any]:
     return {"worst": worst, "compared": compared, "failures": failures}
 
 
-def run_cells(world: World, cells: list[Cell]) -> list[dict[str, Any]]:
+def run_cells(world: World, cells: list[Cell], *, on_gpu: bool = False) -> list[dict[str, Any]]:
     """Verify many cells."""
-    return [run_cell(world, cell) for cell in cells]
+    return [run_cell(world, cell, on_gpu=on_gpu) for cell in cells]
+
+
+def complaints(chosen: list[Cell], results: list[list[dict[str, Any]]]) -> list[str]:
+    """Return a line for each cell that did not pass.
+
+    Args:
+        chosen: the cells that ran.
+        results: what `run_cells` gave, by rank.
+    """
+    lines = []
+    for number, cell in enumerate(chosen):
+        lines += [f"{name_of(cell)}, rank {rank}: {found}" for rank, found in _bad([r[number] for r in results])]
+    return lines
+
+
+def _bad(results: list[dict[str, Any]]) -> Iterator[tuple[int, str]]:
+    for rank, result in enumerate(results):
+        if "refused" in result:
+            yield rank, f"refused: {result['refused']}"
+        elif result["failures"]:
+            yield rank, f"{len(result['failures'])} failures, the first: {result['failures'][0]}"
+        elif result["compared"] < LEAST_COMPARED:
+            yield rank, f"only {result['compared']} gradients were compared"

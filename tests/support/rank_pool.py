@@ -21,15 +21,21 @@ from albireo.distributed.launch import rank_environment
 
 
 class RankPool:
-    """Several ranks that wait for cases. They compute on the CPU: what needs a GPU starts ranks of its own."""
+    """Several ranks that wait for cases.
 
-    def __init__(self, world_size: int) -> None:
+    Args:
+        world_size: how many.
+        gpus: each has a GPU of its own, and they speak over NCCL. Without it they compute on the CPU: a context on each
+            GPU that is never used would take seconds and memory from the tests that do use it.
+    """
+
+    def __init__(self, world_size: int, *, gpus: bool = False) -> None:
+        hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
         self._folder = tempfile.TemporaryDirectory(prefix="albireo-test-ranks-")
         self._ranks = [
             subprocess.Popen(
                 [sys.executable, __file__, str(Path(self._folder.name) / "store")],
-                # A context on each GPU that is never used would take seconds and memory from the tests that do.
-                env={**rank_environment(rank, world_size, os.environ), "CUDA_VISIBLE_DEVICES": ""},
+                env={**rank_environment(rank, world_size, os.environ), **hidden},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
