@@ -32,7 +32,9 @@ PLUGINS: Mapping[str, Callable[..., Plugin]] = {
     "zero2": lambda precision: LowLevelZeroPlugin(stage=2, precision=precision, **SMALL),
     "zero2_offload": lambda precision: LowLevelZeroPlugin(stage=2, precision=precision, cpu_offload=True, **SMALL),
     "gemini": lambda precision: GeminiPlugin(precision=precision, **CHUNKS),
-    "gemini_capped": lambda precision: GeminiPlugin(precision=precision, mem_cap_bytes=CAP_BYTES[precision], **CHUNKS),
+    "gemini_capped": lambda precision, cap_bytes=None: GeminiPlugin(
+        precision=precision, mem_cap_bytes=cap_bytes or CAP_BYTES[precision], **CHUNKS
+    ),
     "gemini_half": lambda precision: GeminiPlugin(
         precision=precision, offload_optim_frac=0.5, offload_param_frac=0.5, shard_param_frac=0.5, **CHUNKS
     ),
@@ -46,6 +48,8 @@ SMALL: dict[str, Any] = {"reduce_bucket_size_in_m": 0.01, "initial_scale": 2.0**
 CHUNKS: dict[str, Any] = {"min_chunk_size_m": 0.004, "initial_scale": 2.0**10}
 # Of what chunks take on the simulated device: not enough for all, whatever the model.
 CAP_BYTES = {"fp32": 150_000, "bf16": 100_000, "fp16": 100_000}
+# A GPU's driver takes most of this, and its allocator counts in 2 MB: all of these models fits into what is left.
+GPU_CAP_BYTES = 2**30
 
 AXES: dict[str, list[Any]] = {
     "plugin": list(PLUGINS),
@@ -164,7 +168,8 @@ def run_cell(world: World, cell: Cell, *, on_gpu: bool = False) -> dict[str, Any
     world = World(world.rank, world.world_size, world.local_rank, device)
     kind = cell["model"]
     try:
-        booster = Booster(plugin=PLUGINS[cell["plugin"]](cell["precision"]), world=world)
+        capped = {"cap_bytes": GPU_CAP_BYTES} if on_gpu and cell["plugin"] == "gemini_capped" else {}
+        booster = Booster(plugin=PLUGINS[cell["plugin"]](cell["precision"], **capped), world=world)
         model, optimizer = _build(kind)
         boosted, wrapped, *_ = booster.boost(model, optimizer)
     except ConfigError as error:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from albireo.errors import AlbireoError, CheckpointError, ConfigError
 from albireo.ops import count_terms
 from albireo.optim import OptimizerWrapper
 from albireo.plugins import ModelWrapper
+from albireo.verify.comparable import comparable
 from albireo.verify.gather import StepTensors, with_step_tensors
 from albireo.verify.judge import Judge, StepFacts
 from albireo.verify.record import RankRecord, square_sum
@@ -109,7 +109,7 @@ class Verifier:
         if counts is None:
             module, criterion = self._model.unwrap(), self._model.criterion
             counts = [[count_terms(batch, module, criterion) for batch in batches] for batches in micro_batches]
-        with _comparable(self._form):
+        with comparable(self._form):
             return self._watched(micro_batches, counts, lr_scheduler, max_norm)
 
     def _watched(
@@ -294,24 +294,3 @@ def _from_main(world: World, reports: Sequence[StepReport], failure: Exception |
     if failure is None:
         raise AlbireoError("the main rank could not verify; its own message says why")
     raise failure
-
-
-@contextmanager
-def _comparable(form: Form) -> Iterator[None]:
-    """Have both sides compute so that they can be compared.
-
-    fp32 matrices are multiplied in fp32: TF32 has 10 bits of mantissa, which hide what is to be seen. On a GPU sums are
-    made in a fixed order where torch has a kernel that does: attention's backward adds in whatever order its blocks are
-    done, and in 16 bits two runs of one program then differ by a hundredth after some tens of layers.
-    """
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    fixed = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if form.precision == "fp32":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if form.device.type == "cuda" and not fixed[0]:
-        torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-        torch.use_deterministic_algorithms(mode=fixed[0], warn_only=fixed[1])
