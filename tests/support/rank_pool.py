@@ -5,12 +5,17 @@ A case is a function of a test file, `function(world, **arguments)`, that runs o
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import importlib.util
 import json
 import os
+import selectors
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +23,10 @@ from typing import Any
 
 from albireo.distributed import World, join_world, leave_world
 from albireo.distributed.launch import rank_environment
+
+# How long a case may take at all, and how long the others have once one rank has failed: they may wait for it for ever.
+_CASE_SECONDS = 600.0
+_SECONDS_AFTER_A_FAILURE = 20.0
 
 
 class RankPool:
@@ -51,24 +60,46 @@ class RankPool:
             assert rank.stdin is not None
             rank.stdin.write(task + "\n")
             rank.stdin.flush()
-        answers = []
-        for number, rank in enumerate(self._ranks):
-            assert rank.stdout is not None
-            line = rank.stdout.readline()
-            if not line:
-                raise RuntimeError(f"rank {number} of the pool died while it ran {function.__name__}")
-            answers.append(json.loads(line))
-        failures = [answer["error"] for answer in answers if "error" in answer]
+        answers = self._answers(function.__name__)
+        failures = [answer["error"] for answer in answers.values() if "error" in answer]
         if failures:
             raise AssertionError(f"{function.__name__} failed on {len(failures)} ranks; the first:\n{failures[0]}")
-        return [answer["result"] for answer in answers]
+        missing = [rank for rank in range(len(self._ranks)) if rank not in answers]
+        assert not missing, f"{function.__name__}: no answer from ranks {missing}; their stacks are on stderr"
+        return [answers[rank]["result"] for rank in range(len(self._ranks))]
+
+    def _answers(self, name: str) -> dict[int, dict[str, Any]]:
+        """Return what each rank answers; where some do not, all show where they are on stderr, and are ended."""
+        answers: dict[int, dict[str, Any]] = {}
+        deadline = time.monotonic() + _CASE_SECONDS
+        with selectors.DefaultSelector() as waiting:
+            for number, rank in enumerate(self._ranks):
+                assert rank.stdout is not None
+                waiting.register(rank.stdout, selectors.EVENT_READ, number)
+            while waiting.get_map() and (left := deadline - time.monotonic()) > 0:
+                for key, _ in waiting.select(left):
+                    line = self._ranks[key.data].stdout.readline()  # type: ignore[union-attr]
+                    if not line:
+                        raise RuntimeError(f"rank {key.data} of the pool died while it ran {name}")
+                    answers[key.data] = json.loads(line)
+                    waiting.unregister(key.fileobj)
+                    if "error" in answers[key.data]:
+                        deadline = min(deadline, time.monotonic() + _SECONDS_AFTER_A_FAILURE)
+        if len(answers) < len(self._ranks):
+            for rank in self._ranks:
+                rank.send_signal(signal.SIGUSR1)
+            time.sleep(1.0)  # for the stacks to be written
+            for rank in self._ranks:
+                rank.kill()
+        return answers
 
     def close(self) -> None:
         """End the ranks."""
         for rank in self._ranks:
             assert rank.stdin is not None
             assert rank.stdout is not None
-            rank.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # a rank that was ended
+                rank.stdin.close()
         for rank in self._ranks:
             try:
                 rank.wait(timeout=20)
@@ -104,6 +135,7 @@ def _serve(world: World, answers: Any) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)
     # What a case prints must not be taken for an answer.
     answer_stream = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
