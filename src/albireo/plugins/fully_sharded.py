@@ -16,6 +16,7 @@ from albireo.distributed import World
 from albireo.distributed.local_group import rank_mesh
 from albireo.errors import ConfigError
 from albireo.plugins.casting import compute_dtypes
+from albireo.plugins.unused_as_zeros import UnusedAsZeros
 from albireo.sharding import Cut, Fragment
 
 __all__ = ["FullyShardedModule", "choose_blocks", "first_element", "local_part"]
@@ -86,6 +87,7 @@ class FullyShardedModule(nn.Module):
         if world.device.type == "cpu":
             for group in self._groups:
                 group.set_force_sum_reduction_for_comms(True)  # gloo has not always had an average of its own
+        self._of_group: dict[nn.Module, list[nn.Parameter]] = {}
         self._whole = self._gather_once()
         self.fragments: Mapping[torch.Tensor, Fragment] = {
             parameter: fragment
@@ -95,6 +97,7 @@ class FullyShardedModule(nn.Module):
         self._is_synchronous = True
         self._is_kept_local = False
         self.used: dict[nn.Parameter, bool] = {}
+        self._unused: UnusedAsZeros | None = None
         if world.world_size > 1:
             self._watch_use()
 
@@ -149,6 +152,8 @@ class FullyShardedModule(nn.Module):
         reset: Callable[[], None] | None = getattr(self.module, "reset_iter_state", None)  # torch 2.13
         if reset is not None:
             reset()
+        if self._unused is not None:
+            self._unused.forget()
         self.forget_local()
 
     def _set_sync(self, *, on: bool) -> None:
@@ -166,22 +171,20 @@ class FullyShardedModule(nn.Module):
         found: dict[nn.Parameter, nn.Parameter] = {}
         for group in self._groups:
             group.unshard()
-            found.update(
-                (part, whole) for part, whole in zip(parts, self.module.parameters(), strict=True) if part is not whole
-            )
+            for part, whole in zip(parts, self.module.parameters(), strict=True):
+                if part is not whole:
+                    found[part] = whole
+                    self._of_group.setdefault(group, []).append(whole)
             group.reshard()
         return found
 
     def _watch_use(self) -> None:
-        """Note which parameters get a gradient on this rank, and have torch reduce zeros in place of the others'."""
+        """Note which parameters get a gradient on this rank, and have zeros reduced in place of the others'."""
         for part, whole in self._whole.items():
             if part.requires_grad:
                 self.used[part] = False
                 whole.register_post_accumulate_grad_hook(_noting(self.used, part))  # type: ignore[no-untyped-call]
-        for group in self._groups:
-            set_reduces_unused = getattr(group, "set_reduce_scatter_unused_params", None)  # not in torch 2.11
-            if set_reduces_unused is not None:
-                set_reduces_unused(True, recurse=False)
+        self._unused = UnusedAsZeros(self._of_group, reduces=lambda: self._is_synchronous)
 
 
 def _shard(module: nn.Module, **how: Any) -> None:
