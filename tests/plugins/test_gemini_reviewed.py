@@ -265,8 +265,9 @@ def test_an_interrupt_in_the_step_of_an_own_loop(options: dict[str, Any], number
             use()
 
 
-def test_an_interrupt_when_the_host_has_been_stepped_and_the_device_not() -> None:
-    run = boosted(gemini(**HALF), "plain")
+@pytest.mark.parametrize("options", [HALF, {}], ids=["half", "auto"])
+def test_an_interrupt_when_some_have_been_stepped_on_the_device_or_all_on_the_host(options: dict[str, Any]) -> None:
+    run = boosted(gemini(**options), "plain")
     for step in range(2):
         own_step(run, step)
     run[2]._step_where_states_are = interrupt  # type: ignore[attr-defined]

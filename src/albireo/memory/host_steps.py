@@ -47,7 +47,6 @@ class HostSteps:
         self._under_way: dict[int, Chunk] = {}
         self._unfinished: set[Chunk] = set()
         self._handed_over: set[Chunk] = set()
-        self._half_stepped = False
 
     @property
     def is_open(self) -> bool:
@@ -119,7 +118,6 @@ class HostSteps:
         Raises:
             Exception: what stopped the stepper.
         """
-        self._refuse_half_steps()
         if chunk in self._unfinished and self._ticket is not None:
             self._ticket.wait_until(lambda: chunk not in self._unfinished)
 
@@ -129,28 +127,29 @@ class HostSteps:
         Raises:
             Exception: what stopped the stepper.
         """
-        self._refuse_half_steps()
         if self._ticket is not None:
             self._ticket.wait_until(lambda: not self._unfinished)
         if self._is_last:
             self._stepper.flush()
 
-    def abandon(self, *, begun: bool = False) -> None:
-        """A step has failed. If some chunks have been stepped, weights are of two steps, and nothing may use them.
+    def abandon(self) -> bool:
+        """Forget what has not begun of a step that has failed, and finish the rest.
 
-        Args:
-            begun: some have been, here or on the device.
+        Returns:
+            True if chunks have been stepped of a step that was not handed over whole: weights are of two steps.
+
+        Raises:
+            Exception: what stopped the stepper.
         """
-        if self._is_last and not begun:
-            return
-        if not self._is_last:
-            begun = begun or bool(self._handed_over)
+        if self._is_last:
+            return False
+        begun = bool(self._handed_over)
         with self._lock:
             self._waiting.clear()
             self._unfinished.intersection_update(self._under_way.values())
         self.seal()
         self.flush()
-        self._half_stepped = begun
+        return begun
 
     def close(self) -> None:
         """End the stepper's threads."""
@@ -190,13 +189,6 @@ class HostSteps:
             del self._under_way[index]
             self._unfinished.discard(chunk)
             self._feed()
-
-    def _refuse_half_steps(self) -> None:
-        if self._half_stepped:
-            raise RuntimeError(
-                "a step failed when some weights had been stepped and others not, so this model and optimizer cannot be used "
-                "any more: boost again, and load a checkpoint"
-            )
 
 
 def _both(fence: Arrival | None, arrival: Arrival) -> Callable[[], object]:

@@ -111,7 +111,7 @@ class GeminiOptimizer(ShardedOptimizer):
         self._steps_early = False
         try:
             if self._manager.host_steps is not None:
-                self._manager.host_steps.abandon()
+                self._manager.half_stepped |= self._manager.host_steps.abandon()
         finally:
             # Ranks that fetch weights together stand at a fetch, not at a reduction: there is no collective that this one
             # could still come to. The watchdog ends them, and names it.
@@ -140,8 +140,10 @@ class GeminiOptimizer(ShardedOptimizer):
         try:
             self._step_both_sides()
         except BaseException:
+            # Some may have been stepped, on either side.
+            self._manager.half_stepped = True
             if self._manager.host_steps is not None:
-                self._manager.host_steps.abandon(begun=True)
+                self._manager.host_steps.abandon()
             raise
 
     def _step_both_sides(self) -> None:

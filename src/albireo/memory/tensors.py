@@ -28,12 +28,14 @@ class StatefulTensorManager:
     Attributes:
         chunks: the same.
         host_steps: what steps chunks on the host beside the rest; None: nothing does.
+        half_stepped: a step failed when some weights had been stepped and others not: from then on they cannot be used.
         before_change: called before the memory that chunks take on the device changes.
     """
 
     def __init__(self, chunks: Sequence[Chunk], pool: DevicePool) -> None:
         self.chunks = tuple(chunks)
         self.host_steps: HostSteps | None = None
+        self.half_stepped = False
         self.before_change: Callable[[], None] | None = None
         self._pool = pool
         # Weights on their way home, which keep their device memory until they are there.
@@ -45,7 +47,12 @@ class StatefulTensorManager:
         """Begin to fetch a chunk, if it is away or its weights are not the newest.
 
         Called in the same order on all ranks: it may be a collective.
+
+        Raises:
+            RuntimeError: weights are half stepped.
+            Exception: what stopped the host stepper.
         """
+        self._refuse_half_steps()
         if chunk.is_current:
             return
         if self.host_steps is not None:
@@ -104,14 +111,23 @@ class StatefulTensorManager:
         """Wait until all steps are done and all weights are at home; chunks that never leave can be read then.
 
         Raises:
+            RuntimeError: weights are half stepped.
             Exception: what stopped the stepper.
         """
+        self._refuse_half_steps()
         if self.host_steps is not None:
             self.host_steps.flush()
         for chunk in self.chunks:
             self._wait_for_home(chunk)
             if chunk.resident and chunk.ranks == 1:
                 self.use(chunk)
+
+    def _refuse_half_steps(self) -> None:
+        if self.half_stepped:
+            raise RuntimeError(
+                "a step failed when some weights had been stepped and others not, so this model and optimizer cannot be used "
+                "any more: boost again, and load a checkpoint"
+            )
 
     def apply(self, placement: Placement, optimizer: torch.optim.Optimizer | None) -> list[Chunk]:
         """Move states and homes to where a placement has them.
