@@ -19,6 +19,7 @@ from albireo.config.run import PLUGIN_OPTIONS
 from albireo.device import HostMemory
 from albireo.distributed import World
 from albireo.errors import CheckpointError, ConfigError, OutOfMemoryError
+from albireo.models import FAMILIES
 from albireo.optim import warmup_steps_of
 from albireo.training.assemble import _check_memory, _with_lengths, open_session
 from albireo.training.language_model import plan_language_model
@@ -250,6 +251,20 @@ def test_options_of_the_model_reach_it(runs: Runs, tmp_path: Path, option: str) 
     name = next(name for name in names if hasattr(type(pretrained), name))
     assert getattr(pretrained, name) == (option == "checkpointing")
     assert pretrained.config.dropout == (0.25 if option == "dropout" else 0.0)
+
+
+@pytest.mark.parametrize("option", [{}, {"accumulate": 2}, {"checkpointing": False}, {"plugin": "gemini"}])
+def test_blocks_keep_their_activations_where_gradients_will_be(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: dict[str, Any]
+) -> None:
+    # One short row: a model of any size has larger gradients.
+    options = {"plugin": "low_level_zero", "precision": "bf16", "checkpointing": True, "batch_size": 1, "steps": 2}
+    session = runs.go(tmp_path / "run", **{**options, **option})
+    kept = "keeping    the activations of" in capsys.readouterr().err
+    pretrained = session.model.unwrap().pretrained
+    recomputes = [block.gradient_checkpointing for _, block in FAMILIES["opt"].blocks(pretrained)]
+    assert kept == (not option)
+    assert any(recomputes) == (option in ({"accumulate": 2}, {"plugin": "gemini"}))
 
 
 @pytest.mark.parametrize("where", ["_build_state", "_resume"])

@@ -8,9 +8,10 @@ from albireo.errors import ModelError
 from albireo.models.family import Family
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["enable_activation_checkpointing"]
+__all__ = ["enable_activation_checkpointing", "keep_activations"]
 
 
 def enable_activation_checkpointing(
@@ -40,4 +41,13 @@ def enable_activation_checkpointing(
     model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     if family is not None:
         _, last = family.blocks(model)[-1]
-        vars(last)["gradient_checkpointing"] = False
+        keep_activations(last)
+
+
+def keep_activations(block: nn.Module) -> None:
+    """Have one block keep what it computes, in a model of which the others are recomputed.
+
+    Args:
+        block: one of the model's.
+    """
+    vars(block)["gradient_checkpointing"] = False

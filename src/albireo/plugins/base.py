@@ -154,6 +154,17 @@ class Plugin(ABC):
         """
         yield from model.unwrap().parameters()
 
+    def gradient_bytes(self, model: ModelWrapper) -> int:
+        """Return what gradients take on this rank's device at the end of a backward, and do not at its beginning.
+
+        0, as here, where that is nothing, or not known, or where memory is already planned for another use. It is meant
+        for steps of one backward.
+
+        Args:
+            model: the wrapped model.
+        """
+        return 0
+
     @abstractmethod
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """Return a context in which backward adds to local gradients and sends nothing."""

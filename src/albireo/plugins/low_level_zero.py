@@ -157,6 +157,13 @@ class LowLevelZeroPlugin(PartsPlugin):
         module = model if dtype == torch.float32 else CastInputs(model, dtype)
         return ShardedModel(module, model, [*made, *kept], gradients, world), wrapped
 
+    def gradient_bytes(self, model: ModelWrapper) -> int:
+        """See the base class: on one rank autograd's own are kept; over ranks and with offload they come and go."""
+        gradients = sharded_model(model).gradients
+        if not isinstance(gradients, LocalGradients) or self._cpu_offload:
+            return 0
+        return sum(p.numel() * p.element_size() for bucket in gradients.buckets for p in bucket.parameters)
+
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class: gradients are added up whole, in fp32, until a backward outside of this context."""
         gradients = sharded_model(model).gradients

@@ -105,6 +105,12 @@ class TorchDDPPlugin(Plugin):
         dtype = None if self.precision == "fp32" else PRECISIONS[self.precision]
         return criterion if dtype is None else _Autocast(criterion, world.device.type, dtype)
 
+    def gradient_bytes(self, model: ModelWrapper) -> int:
+        """See the base class: over ranks, torch's buckets are there all the time."""
+        if isinstance(model.module, DistributedDataParallel):
+            return 0
+        return sum(p.numel() * p.element_size() for p in model.unwrap().parameters() if p.requires_grad)
+
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class."""
         if isinstance(model.module, DistributedDataParallel):

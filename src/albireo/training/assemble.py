@@ -27,9 +27,9 @@ from albireo.device import (
 from albireo.distributed import World, process_group
 from albireo.errors import CheckpointError, ConfigError
 from albireo.files import FileOperations
-from albireo.models import Family, compile_blocks, enable_activation_checkpointing
+from albireo.models import Family, KeptBlocks, compile_blocks, enable_activation_checkpointing
 from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
-from albireo.plugins import Plugin, make_plugin
+from albireo.plugins import ModelWrapper, Plugin, make_plugin
 from albireo.sharding import WeightSource
 from albireo.training.memory_needs import check_states_fit, explain_out_of_memory_at_start, is_out_of_memory
 from albireo.training.metrics import MetricsWriter, cut_after
@@ -262,6 +262,7 @@ def _build_state(
         boosted, wrapped, *_ = booster.boost(model, optimizer, weights=source)
     if source is not None:
         source.close()
+    _keep_blocks(boosted, pretrained, plugin, planned.family, config, ragged=data.is_ragged)
     # Only now: a plugin may have put other parameters in place of the model's.
     names, aliases = own_names(pretrained)
     identity = {"data": data.fingerprint, "recipe": config.recipe, **planned.identity(config)}
@@ -277,6 +278,24 @@ def _prepare_blocks(model: PreTrainedModel, family: Family, config: RunConfig, *
     if checkpointing:
         enable_activation_checkpointing(model, preserve_rng_state=dropout, family=family)
     return []
+
+
+def _keep_blocks(
+    boosted: ModelWrapper,
+    model: PreTrainedModel,
+    plugin: Plugin,
+    family: Family,
+    config: RunConfig,
+    *,
+    ragged: bool,
+) -> None:
+    """Have the last blocks keep what they compute, where activations are checkpointed and there is room for nothing."""
+    # Gradients that are added up are there from the beginning; a longer batch than the first would find less room.
+    if not config.model.checkpointing or config.plugin.compile or config.optimizer.accumulate > 1 or ragged:
+        return
+    gradient_bytes = plugin.gradient_bytes(boosted)
+    if gradient_bytes > 0:
+        KeptBlocks([block for _, block in family.blocks(model)], gradient_bytes, say=plugin.say)
 
 
 def _resume(folder: RunFolder, state: RunState, world: World, progress: Progress, files: FileOperations) -> Position:
