@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import small_opt
 
+from albireo.adapters import QuantisedLinear
 from albireo.booster import Booster
 from albireo.distributed import World
 from albireo.errors import CheckpointError, ConfigError
@@ -101,6 +103,34 @@ def test_a_model_without_memory_gets_its_adapter_within_the_context() -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("plugin", sorted(set(PLUGINS) - {"torch_fsdp"}))  # it needs a process group
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"quantize": True},
+        {"bnb_quantization_config": SimpleNamespace(load_in_8bit=True, llm_int8_skip_modules=["fc2"])},
+    ],
+    ids=["nf4", "int8"],
+)
+def test_a_quantised_base_is_trained_beside(plugin: str, how: dict[str, Any], tmp_path: Path) -> None:
+    booster = Booster(plugin=PLUGINS[plugin](), world=ALONE)
+    model = booster.enable_lora(small_opt(), lora_config=lora(), **how)
+    codes = {module.code for module in model.modules() if isinstance(module, QuantisedLinear)}
+    assert codes == {"nf4" if "quantize" in how else "int8"}
+    assert isinstance(model.get_submodule("base_model.model.model.decoder.layers.0.fc2"), torch.nn.Linear) == (
+        "quantize" not in how
+    )
+    optimizer = HybridAdam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    boosted, wrapped, *_ = booster.boost(model, optimizer)
+    batch = {"input_ids": IDS, "labels": IDS}
+    losses = [float(booster.train_step(boosted, wrapped, batch).loss) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    booster.save_lora_as_pretrained(boosted, tmp_path / "adapter")
+    # Others put it on a model that is not quantised.
+    loaded = peft.PeftModel.from_pretrained(small_opt(), str(tmp_path / "adapter"))
+    assert sorted(n for n, _ in loaded.named_parameters() if "lora_" in n)
+
+
 def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     booster = Booster(world=ALONE)
     boosted, *_ = booster.boost(small_opt())
@@ -108,11 +138,24 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     cases: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: booster.enable_lora(small_opt()), ConfigError, "either a lora_config, or the pretrained_dir"),
         (lambda: booster.enable_lora(small_opt(), tmp_path, lora()), ConfigError, "either a lora_config"),
-        (lambda: booster.enable_lora(small_opt(), lora_config=lora(), quantize=True), ConfigError, "quantised base"),
         (
             lambda: booster.enable_lora(small_opt(), lora_config=lora(), bnb_quantization_config=object()),
             ConfigError,
-            "quantised base",
+            "neither load_in_8bit nor load_in_4bit",
+        ),
+        (
+            lambda: booster.enable_lora(
+                small_opt(),
+                lora_config=lora(),
+                bnb_quantization_config=SimpleNamespace(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
+            ),
+            ConfigError,
+            "'nf4' here, not 'fp4'",
+        ),
+        (
+            lambda: booster.enable_lora(small_opt().to("meta"), lora_config=lora(), quantize=True),
+            ConfigError,
+            "what is quantised has to be there",
         ),
         (lambda: booster.enable_lora(boosted, lora_config=lora()), ConfigError, "boosted already"),
         (lambda: booster.enable_lora(small_opt(), lora_config={"r": 4}), ConfigError, "not a dict"),

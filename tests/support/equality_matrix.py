@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from albireo.adapters import LoraPlan, attach_adapter
 from albireo.booster import Booster
 from albireo.distributed import World
 from albireo.errors import ConfigError
@@ -56,7 +57,7 @@ AXES: dict[str, list[Any]] = {
     "precision": ["fp32", "bf16", "fp16"],
     "clip": [0.0, 0.3],
     "accumulate": [1, 4],
-    "model": ["tied", "untied", "frozen", "unused", "padded"],
+    "model": ["tied", "untied", "frozen", "unused", "padded", "quantised"],
 }
 
 
@@ -133,6 +134,9 @@ def _model(kind: str) -> nn.Module:
     model = OPTForCausalLM(config)
     if kind == "unused":
         return _SometimesUsed(model, 32)
+    if kind == "quantised":
+        every = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+        attach_adapter(model, LoraPlan(rank=4, alpha=8.0, dropout=0.0, targets=every, base="int8"), seed=5)
     if kind == "frozen":
         model.model.decoder.layers[0].requires_grad_(requires_grad=False)
         model.model.decoder.embed_positions.requires_grad_(requires_grad=False)

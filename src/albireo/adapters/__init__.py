@@ -1,12 +1,13 @@
 """Adapters: a few trained weights beside a model whose own are frozen, by peft.
 
 `lora` puts them on a model, `names` tells what its tensors are called in the family's own names, `files` writes and reads
-an adapter's folder as peft does, `merge` adds an adapter to the weights it stands beside.
+an adapter's folder as peft does, `quantised` puts frozen layers into 8 or 4 bits, `merge` adds an adapter to the weights it stands beside.
 """
 
 from __future__ import annotations
 
 from albireo.adapters.files import ADAPTER_FILE, load_adapter, save_adapter
+from albireo.adapters.layers import adaptable
 from albireo.adapters.lora import (
     LoraPlan,
     attach_lora,
@@ -19,13 +20,26 @@ from albireo.adapters.lora import (
 )
 from albireo.adapters.merge import merge_in_place, merged_weights
 from albireo.adapters.names import own_name, own_names
+from albireo.adapters.quantised import (
+    QuantisedLayer,
+    QuantisedLinear,
+    attach_adapter,
+    count_weights,
+    quantise_base,
+    quantise_weight,
+)
 
 __all__ = [
     "ADAPTER_FILE",
     "LoraPlan",
+    "QuantisedLayer",
+    "QuantisedLinear",
+    "adaptable",
+    "attach_adapter",
     "attach_lora",
     "check_targets",
     "count_lora",
+    "count_weights",
     "has_lora",
     "load_adapter",
     "lora_config_in",
@@ -34,6 +48,8 @@ __all__ = [
     "merged_weights",
     "own_name",
     "own_names",
+    "quantise_base",
+    "quantise_weight",
     "require_peft",
     "save_adapter",
 ]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from albireo.adapters.layers import adaptable
 from albireo.errors import ConfigError
+from albireo.ops.quantise import Code
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -40,16 +41,19 @@ class LoraPlan:
         alpha: what B A is multiplied by, times the rank.
         dropout: the probability with which an adapter's inputs are dropped.
         targets: names, or last parts of names, of the modules that get one.
+        base: how the frozen layers are quantised; None: they are not.
     """
 
     rank: int
     alpha: float
     dropout: float
     targets: tuple[str, ...]
+    base: Code | None = None
 
     def describe(self) -> str:
         """Return it in words that differ wherever the adapter does."""
-        return f"LoRA of rank {self.rank}, alpha {self.alpha:g}, on {', '.join(self.targets)}"
+        base = "" if self.base is None else f", over {self.base}"
+        return f"LoRA of rank {self.rank}, alpha {self.alpha:g}, on {', '.join(self.targets)}{base}"
 
 
 def attach_lora(model: nn.Module, plan: LoraPlan, *, seed: int) -> LoraConfig:
@@ -129,12 +133,12 @@ def check_targets(model: nn.Module, targets: tuple[str, ...]) -> list[tuple[str,
     for target in targets:
         named = [(name, m) for name, m in model.named_modules() if name == target or name.endswith(f".{target}")]
         if not named:
-            known = sorted({name.rsplit(".", 1)[-1] for name, _ in _adaptable(model)})
+            known = sorted({name.rsplit(".", 1)[-1] for name, _ in adaptable(model)})
             raise ConfigError(
                 f"--lora-targets: the model has no module {target!r}; those that can have an adapter are "
                 f"{', '.join(known[:_SHOWN])}"
             )
-        usable = dict(_adaptable(model))
+        usable = dict(adaptable(model))
         for name, module in named:
             if name not in usable:
                 raise ConfigError(
@@ -191,17 +195,6 @@ def require_peft() -> Any:
     except ImportError as error:
         raise ConfigError("adapters need the package peft: pip install 'albireo[adapters]'") from error
     return peft
-
-
-def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the matrices that may have an adapter: all but the head, whose weight the loss uses by itself."""
-    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    for name, module in model.named_modules():
-        if module is output or not (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"):
-            continue
-        if module.weight not in embeddings:
-            yield name, module
 
 
 def _fill(parameter: nn.Parameter, what: str) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from albireo.adapters.lora import has_lora
-from albireo.adapters.names import adapter_part, own_names
+from albireo.adapters.names import adapter_part, own_name, own_names
+from albireo.adapters.quantised import QuantisedLinear
 
 __all__ = ["merge_in_place", "merged_weights"]
 
@@ -20,10 +21,15 @@ def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         model: with adapters, in host memory; it is not changed.
 
     Returns:
-        New tensors where there is an adapter, the model's own elsewhere; tied ones under each of their names.
+        New tensors where there is an adapter or a quantised layer, the model's own elsewhere; tied ones under each of their names.
     """
     names, aliases = own_names(model)
     weights = {name: tensor.detach() for tensor, name in names.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantisedLinear):
+            place = own_name(f"{name}.codes").removesuffix("codes")
+            del weights[f"{place}codes"], weights[f"{place}scales"]
+            weights[f"{place}weight"] = module.dequantised_weight()
     for name, module in model.named_modules() if has_lora(model) else ():
         if _is_lora(module):
             place = f"{name}.weight"
@@ -39,12 +45,16 @@ def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 def merge_in_place(model: nn.Module) -> None:
     """Add each adapter's product to its matrix, for a model that is used and no longer trained. Without adapters: nothing.
 
+    A quantised layer under an adapter is dequantised first.
+
     Args:
         model: with adapters or without.
     """
     for module in list(model.modules()) if has_lora(model) else ():
         if _is_lora(module):
             layer: Any = module
+            if isinstance(layer.base_layer, QuantisedLinear):
+                layer.base_layer = layer.base_layer.dequantised()
             layer.merge()
 
 

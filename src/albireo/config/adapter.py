@@ -16,8 +16,10 @@ __all__ = ["AdapterConfig"]
 class AdapterConfig:
     """Whether all of the model is trained, or an adapter beside it."""
 
-    adapter: Literal["none", "lora"] = option(
-        "none", "Train all of the model (none), or thin matrices beside its frozen ones (lora)."
+    adapter: Literal["none", "lora", "qlora8", "qlora4"] = option(
+        "none",
+        "Train all of the model (none), or thin matrices beside its frozen ones (lora), which are in 8 or 4 bits "
+        "(qlora8, qlora4).",
     )
     lora_rank: int | None = option(None, "lora: the rank of the adapters. Default: 8.", minimum=1, maximum=65536)
     lora_alpha: float | None = option(
@@ -40,6 +42,11 @@ class AdapterConfig:
     def is_on(self) -> bool:
         """An adapter is trained, and the model itself is frozen."""
         return self.adapter != "none"
+
+    @property
+    def bits(self) -> int | None:
+        """How many bits a weight of the frozen layers has; None where they are not quantised."""
+        return {"qlora8": 8, "qlora4": 4}.get(self.adapter)
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ class Chunk:
 
     Args:
         number: its place in the list of chunks.
-        parameters: of floating point, not fp64, of one kind; with or without memory.
+        parameters: of floating point, not fp64, or frozen bytes; of one kind; with or without memory.
         sizes: what is known of it: what computes, and whether an optimizer steps it.
         world: the ranks that share it.
         pool: the device's memory.
@@ -48,7 +48,8 @@ class Chunk:
         partition: this rank's part of it, 1-D.
         home: this rank's part of what computes, 1-D, from which storage is filled again.
         home_place: where that is.
-        master: this rank's part in fp32, 1-D; the home itself in fp32, wherever both lie in one memory.
+        master: this rank's part in fp32 (bytes as they are), 1-D; where what computes is the same, the home itself,
+            wherever both lie in one memory.
         states_place: where masters and optimizer states are.
         fragments: this rank's parts of parameters.
         resident: its storage is never let go of.
@@ -74,6 +75,8 @@ class Chunk:
         self.parameters = tuple(parameters)
         self.dtype, self.trained, self.is_root = sizes.dtype, sizes.trained, sizes.is_root
         self.layout = FlatLayout.of([parameter.shape for parameter in parameters], world.world_size)
+        # What is not of floating point is frozen, and has no wider form.
+        self._master_dtype = torch.float32 if self.dtype.is_floating_point else self.dtype
         self._pool = pool
         self.compute = pool.empty(self.layout.numel, self.dtype)
         first = world.rank * self.layout.partition_numel
@@ -252,7 +255,7 @@ class Chunk:
         return tuple(fragments)
 
     def _master_is_home(self, states: States, home: Home) -> bool:
-        return self.dtype == torch.float32 and (states == "host") == (home == "host")
+        return self.dtype == self._master_dtype and (states == "host") == (home == "host")
 
     def _states_buffer(self, states: States, home: Home) -> torch.Tensor:
         numel = self.layout.partition_numel
@@ -260,11 +263,11 @@ class Chunk:
             self._pool.take_back(self.compute)
             return self.partition
         if states == "device":
-            return self._pool.empty(numel, torch.float32).zero_()
+            return self._pool.empty(numel, self._master_dtype).zero_()
         # Copied to the device only where it is the home; else no page has to be locked.
         if self._master_is_home(states, home):
-            return self._pool.host(numel, torch.float32).zero_()
-        return torch.zeros(numel, dtype=torch.float32)
+            return self._pool.host(numel, self._master_dtype).zero_()
+        return torch.zeros(numel, dtype=self._master_dtype)
 
     def _home_buffer(self, home: Home) -> torch.Tensor:
         if self._master_is_home(self.states_place, home):

@@ -45,8 +45,8 @@ class ChunkSizes:
             accumulates: gradients of several micro-batches are added up.
         """
         part = self.numel // self.ranks
-        # In fp32 the masters are the home, which is counted as weights already.
-        master = 0 if self.dtype == torch.float32 else _FP32
+        # In fp32 the masters are the home, which is counted as weights already; bytes are frozen, and have none.
+        master = 0 if self.dtype == torch.float32 or not self.dtype.is_floating_point else _FP32
         wide = accumulates or self.ranks > 1
         gradients = part * (_FP32 if wide else self.dtype.itemsize)
         # Alone, the first micro-batch's gradients came in 16 bits, and have had a buffer of their own.

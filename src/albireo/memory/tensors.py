@@ -207,7 +207,7 @@ def places_of(chunk: _Sizes, *, resident: bool, on_device: bool) -> tuple[States
     if not chunk.trained:
         # Nothing steps them: their masters are on the host, unless what never leaves is in fp32 itself.
         if resident:
-            return ("device" if chunk.dtype == torch.float32 else "host"), "storage"
+            return ("host" if chunk.dtype in (torch.float16, torch.bfloat16) else "device"), "storage"
         return "host", "host"
     if not on_device:
         return "host", "host"

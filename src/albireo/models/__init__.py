@@ -14,6 +14,7 @@ from albireo.models.kept_blocks import KeptBlocks
 from albireo.models.lazy import LazyInitContext, LazyWeights, lazy_source_of
 from albireo.models.opt import OPT
 from albireo.models.pretrained import check_weights, load_weights, weight_files
+from albireo.models.quantised_weights import QuantisedWeights
 from albireo.models.vocabulary import Init, Vocabulary, reconcile_vocabulary
 from albireo.models.weight_sources import FolderWeights, RandomWeights
 
@@ -29,6 +30,7 @@ __all__ = [
     "LazyInitContext",
     "LazyWeights",
     "ModelChoice",
+    "QuantisedWeights",
     "RandomWeights",
     "Size",
     "Vocabulary",

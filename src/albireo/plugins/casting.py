@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["CastInputs", "CriterionInFp32", "compute_dtypes"]
+__all__ = ["CastInputs", "CriterionInFp32", "bytes_of", "compute_dtypes"]
 
 
 def compute_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, torch.dtype]:
@@ -30,6 +30,15 @@ def compute_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[nn.Parameter, t
         for parameter in module.parameters(recurse=False)
     }
     return {p: torch.float32 if p in wide else dtype for p in model.parameters() if p.is_floating_point()}
+
+
+def bytes_of(model: nn.Module) -> dict[nn.Parameter, torch.dtype]:
+    """Return a model's frozen parameters of bytes, such as the codes of a quantised base: they are moved, never cast.
+
+    Args:
+        model: the model.
+    """
+    return {p: p.dtype for p in model.parameters() if p.dtype == torch.uint8 and not p.requires_grad}
 
 
 class CastInputs(nn.Module):

@@ -18,7 +18,7 @@ from albireo.errors import ConfigError
 from albireo.memory import Gemini, MemoryLimits, PlacementPolicy, Setting
 from albireo.optim import HostStepper, LossScale, LossScalePolicy, OptimizerWrapper, stepper_threads
 from albireo.plugins.base import PRECISIONS, ModelWrapper
-from albireo.plugins.casting import CastInputs, compute_dtypes
+from albireo.plugins.casting import CastInputs, bytes_of, compute_dtypes
 from albireo.plugins.parts import PartsPlugin, ShardedModel, sharded_model
 from albireo.plugins.preparing import check_parameters, copy_from_main
 from albireo.sharding import ShardedOptimizer
@@ -131,7 +131,8 @@ class GeminiPlugin(PartsPlugin):
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(device)  # noqa: SLF001  as `Module.to` does
         for parameter in model.parameters():
-            if not parameter.is_floating_point() or parameter.numel() == 0:
+            in_chunks = parameter.is_floating_point() or parameter.dtype == torch.uint8
+            if not in_chunks or parameter.numel() == 0:
                 parameter.data = parameter.data.to(device)
 
     def configure(
@@ -153,7 +154,7 @@ class GeminiPlugin(PartsPlugin):
         pool = device_pool(world.device, budget_bytes=self._mem_cap_bytes if world.device.type == "cpu" else None)
         gemini = Gemini(
             model,
-            compute_dtypes(model, dtype),
+            {**compute_dtypes(model, dtype), **bytes_of(model)},
             frozenset(p for p in stepped if p.requires_grad),
             weights if weights is not None else ParameterValues(),
             self._setting(world, pool),

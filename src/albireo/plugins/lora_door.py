@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from albireo.adapters import require_peft
+from albireo.adapters import quantise_base, require_peft
 from albireo.checkpoint import tensor_names
 from albireo.distributed import World
 from albireo.errors import CheckpointError, ConfigError
+from albireo.ops.quantise import Code
 from albireo.plugins.base import ModelWrapper, Plugin
 from albireo.plugins.whole_tensors import WholeTensors, with_whole_tensors
 
@@ -46,8 +47,9 @@ class LoraDoor:
             model: a model that is not boosted yet.
             pretrained_dir: the folder of an adapter to go on with.
             lora_config: a new adapter, a `peft.LoraConfig`. One of the two.
-            bnb_quantization_config: None; bases are not quantised.
-            quantize: False; see above.
+            bnb_quantization_config: says by its `load_in_8bit`, `load_in_4bit` and `llm_int8_skip_modules` how the frozen
+                layers are quantised, such as transformers' BitsAndBytesConfig; the layers are our own. None: not at all.
+            quantize: quantise them to 4 bits (nf4) where no configuration says otherwise.
 
         Returns:
             peft's model, to be given to `boost`, with an optimizer of its parameters.
@@ -56,17 +58,15 @@ class LoraDoor:
             ConfigError: an option is not there, the model is boosted already, or the adapter does not go on it.
         """
         peft = require_peft()
-        if quantize or bnb_quantization_config is not None:
-            raise ConfigError(
-                "a quantised base is not there: leave quantize and bnb_quantization_config out, and the base is frozen in "
-                "the plugin's precision"
-            )
+        code = _code_of(bnb_quantization_config, quantize=quantize)
         if isinstance(model, ModelWrapper):
             raise ConfigError("this model is boosted already: call enable_lora first, and boost with what it returns")
         if (pretrained_dir is None) == (lora_config is None):
             raise ConfigError(
                 "give enable_lora either a lora_config, or the pretrained_dir of an adapter to go on with"
             )
+        if code is not None and any(parameter.is_meta for parameter in model.parameters()):
+            raise ConfigError("what is quantised has to be there: build the model outside LazyInitContext")
         if lora_config is not None and not isinstance(lora_config, peft.LoraConfig):
             raise ConfigError(f"lora_config is a peft.LoraConfig, not a {type(lora_config).__name__}")
         if pretrained_dir is not None and not (Path(pretrained_dir) / "adapter_config.json").is_file():
@@ -83,6 +83,8 @@ class LoraDoor:
                     made = peft.PeftModel.from_pretrained(model, str(pretrained_dir), is_trainable=True)
         except (ValueError, TypeError, RuntimeError, OSError) as error:
             raise ConfigError(f"the adapter does not go on this model: {_first_line(error)}") from error
+        if code is not None:
+            quantise_base(made, code, skip=getattr(bnb_quantization_config, "llm_int8_skip_modules", None) or ())
         return made
 
     def save_lora_as_pretrained(
@@ -121,6 +123,19 @@ class LoraDoor:
 
         exported = self.plugin.export_model(model, names, self.world)
         with_whole_tensors((part for part in exported if part.name in wanted), self.world, save)
+
+
+def _code_of(config: Any, *, quantize: bool) -> Code | None:
+    """Return how a base is to be quantised; None: not at all."""
+    if config is None:
+        return "nf4" if quantize else None
+    if getattr(config, "load_in_8bit", False):
+        return "int8"
+    if not getattr(config, "load_in_4bit", False):
+        raise ConfigError("bnb_quantization_config says neither load_in_8bit nor load_in_4bit: set one of them")
+    if getattr(config, "bnb_4bit_quant_type", "nf4") not in ("nf4", None):
+        raise ConfigError(f"bnb_4bit_quant_type is 'nf4' here, not {config.bnb_4bit_quant_type!r}")
+    return "nf4"
 
 
 def _first_line(error: Exception) -> str:

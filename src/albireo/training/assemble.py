@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from albireo.adapters import own_names
+from albireo.adapters import count_weights, own_names
 from albireo.booster import Booster
 from albireo.checkpoint import Checkpoint, newest_whole, open_checkpoint, tidy
 from albireo.config import RunConfig, config_to_mapping
@@ -143,7 +143,7 @@ def open_session(
                 steps=steps,
                 position=position,
                 files=files,
-                parameters=sum(p.numel() for p in state.model.unwrap().parameters()),
+                parameters=count_weights(state.model.unwrap()),
                 trained_parameters=sum(p.numel() for p in state.model.unwrap().parameters() if p.requires_grad),
                 memory_before=plugin.peaks(world.device).read(),
                 logits_bytes=recipe.output_bytes(config, planned, world.device),
@@ -243,8 +243,10 @@ def _build_state(
     progress: Progress,
 ) -> RunState:
     """Build the model, and boost it."""
+    # A quantised model is built a layer at a time, so that it never takes what it would have taken.
+    lazily = plugin.fills_weights or config.adapter.bits is not None
     with progress.task(f"building the model ({planned.parameters:,} parameters)"):
-        model, source, lines = build_model(config, recipe, planned, data, world.device, lazily=plugin.fills_weights)
+        model, source, lines = build_model(config, recipe, planned, data, world.device, lazily=lazily)
     for line in lines:
         progress.message(line)
     pretrained = model.pretrained

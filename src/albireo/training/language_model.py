@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from albireo.adapters import LoraPlan, attach_lora, count_lora, require_peft
+from albireo.adapters import (
+    LoraPlan,
+    QuantisedLayer,
+    attach_adapter,
+    count_lora,
+    count_weights,
+    require_peft,
+)
 from albireo.config import LanguageDataConfig, RunConfig
 from albireo.data import TextTokenizer, load_tokenizer
 from albireo.errors import ModelError
@@ -17,6 +24,7 @@ from albireo.models import (
     Family,
     Init,
     ModelChoice,
+    QuantisedWeights,
     Vocabulary,
     build_model,
     build_model_lazily,
@@ -26,6 +34,7 @@ from albireo.models import (
     materialise,
     resolve_model,
 )
+from albireo.ops.quantise import Code
 from albireo.sharding import WeightSource, WithOwnValues
 from albireo.training.language_data import LanguageData
 from albireo.training.recipe import ModelPlan, RunData
@@ -116,13 +125,16 @@ class LanguageModelPlan(ModelPlan):
             ModelError: the weights cannot be found, or do not go with the tokenizer.
         """
         model_config, lines = self._configured(_tokenizer_of(data), config)
-        model, source = build_model_lazily(self.choice, model_config, init=self.init, seed=config.schedule.seed)
+        model, values = build_model_lazily(self.choice, model_config, init=self.init, seed=config.schedule.seed)
+        source: WeightSource = values
         try:
-            lines += self._with_adapter(model, config)
+            said, waiting = self._with_adapter(model, config)
         except BaseException:
             source.close()
             raise
-        return model, WithOwnValues(source) if config.adapter.is_on else source, lines
+        if config.adapter.is_on:
+            source = WithOwnValues(QuantisedWeights(source, waiting) if waiting else source)
+        return model, source, lines + said
 
     def build_for(
         self, tokenizer: TextTokenizer | None, config: RunConfig, device: torch.device
@@ -136,18 +148,19 @@ class LanguageModelPlan(ModelPlan):
         """
         model_config, lines = self._configured(tokenizer, config)
         model = build_model(self.choice, model_config, init=self.init, seed=config.schedule.seed, device=device)
-        return model, [*lines, *self._with_adapter(model, config)]
+        said, _ = self._with_adapter(model, config)
+        return model, lines + said
 
-    def _with_adapter(self, model: PreTrainedModel, config: RunConfig) -> list[str]:
-        """Put the run's adapter on a model, if there is one, and say so."""
+    def _with_adapter(self, model: PreTrainedModel, config: RunConfig) -> tuple[list[str], list[QuantisedLayer]]:
+        """Put the run's adapter on a model, if there is one, and say so; return quantised layers that have no memory."""
         adapter = lora_plan(config)
         if adapter is None:
-            return []
-        attach_lora(model, adapter, seed=config.schedule.seed)
+            return [], []
+        waiting = attach_adapter(model, adapter, seed=config.schedule.seed)
         # Counted here: a vocabulary that fits the data was not known when the plan was made.
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = count_weights(model)
         share = f"{self.trained:,} of {parameters:,} parameters are trained ({100 * self.trained / parameters:.4f}%)"
-        return [f"adapter    {adapter.describe()}: {share}"]
+        return [f"adapter    {adapter.describe()}: {share}"], waiting
 
     def empty(self, tokenizer: TextTokenizer | None, config: RunConfig, *, with_adapter: bool) -> PreTrainedModel:
         """Return the model in host memory, in fp32 and uninitialised.
@@ -163,7 +176,7 @@ class LanguageModelPlan(ModelPlan):
         materialise(model, torch.device("cpu"))
         adapter = lora_plan(config) if with_adapter else None
         if adapter is not None:
-            attach_lora(model, adapter, seed=config.schedule.seed)
+            attach_adapter(model, adapter, seed=config.schedule.seed)
         return model
 
     def _configured(self, tokenizer: TextTokenizer | None, config: RunConfig) -> tuple[PreTrainedConfig, list[str]]:
@@ -217,7 +230,8 @@ def lora_plan(config: RunConfig) -> LoraPlan | None:
     if not adapter.is_on:
         return None
     rank = adapter.lora_rank or 8
-    return LoraPlan(rank, adapter.lora_alpha or 2.0 * rank, adapter.lora_dropout or 0.0, adapter.targets)
+    base: Code | None = {8: "int8", 4: "nf4"}.get(adapter.bits or 0)  # type: ignore[assignment]
+    return LoraPlan(rank, adapter.lora_alpha or 2.0 * rank, adapter.lora_dropout or 0.0, adapter.targets, base)
 
 
 def _tokenizer_of(data: RunData) -> TextTokenizer | None:

@@ -92,6 +92,9 @@ def needs_of(config: RunConfig) -> MemoryNeeds:
         config: a resolved configuration.
     """
     plugin, ranks = config.plugin, config.plugin.gpus
+    if config.adapter.bits is not None:
+        # Scales beside the codes, and what is not quantised, come on top: the model is built layer by layer.
+        return MemoryNeeds(StateBytes(config.adapter.bits / 8, _FP32, _MOMENTS), building=0.0)
     if plugin.plugin == "low_level_zero":
         return _low_level_zero(config)
     if plugin.plugin == "torch_fsdp":
