@@ -58,6 +58,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cache_folder: Path) -> dict[s
             **lora,
         ),
         "opt": trained("opt", root / "opt", data=str(text), **{**lora, "sequence_length": 16}),
+        "qlora": trained(
+            "gpt2", root / "qlora", data=str(data), **{**lora, "adapter": "qlora4", "model": str(full / "model")}
+        ),
         "ids": trained("gpt2", root / "ids", data="random", steps=1, save_every=0, batch_size=1, sequence_length=8),
     }
 
@@ -102,7 +105,7 @@ def test_the_plugin_is_not_to_be_seen_in_an_adapter(runs: dict[str, Path]) -> No
         torch.testing.assert_close(chunks[name], tensor, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lora", "random", "gemini", "opt"])
+@pytest.mark.parametrize("name", ["lora", "random", "gemini", "opt", "qlora"])
 def test_a_merged_model_is_one_like_any_other(runs: dict[str, Path], tmp_path: Path, name: str) -> None:
     said = export_checkpoint(runs[name], tmp_path / "whole", merge=True)
     assert said == "the model with its adapter merged of step 4"

@@ -127,11 +127,11 @@ def test_two_ranks_are_one_that_takes_as_many(run_case: Run, options: dict[str, 
 
 
 @pytest.mark.parametrize("way", [{}, {"plugin": "gemini"}, AWAY], ids=["plain", "gemini", "gemini away"])
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("adapter", ["none", "lora", "qlora4"])
 def test_a_run_that_was_stopped_goes_on_to_the_bits_of_one_that_never_was(
     options: dict[str, Any], tmp_path: Path, adapter: str, way: dict[str, Any]
 ) -> None:
-    masks: dict[str, Any] = {"dropout": 0.1} if adapter == "none" else {"adapter": "lora", "lora_dropout": 0.1}
+    masks: dict[str, Any] = {"dropout": 0.1} if adapter == "none" else {"adapter": adapter, "lora_dropout": 0.1}
     flags = {**options, "steps": 9, "eval_every": 3, "save_every": 4, **masks, **way}
     whole = run_of(ALONE, folder=str(tmp_path / "whole"), options=flags)
     stopped = run_of(ALONE, folder=str(tmp_path / "cut"), options=flags, stop_at=6)
@@ -152,6 +152,8 @@ def test_another_adapter_is_refused(options: dict[str, Any], tmp_path: Path) -> 
     run_of(ALONE, folder=str(tmp_path / "run"), options=lora)
     with pytest.raises(CheckpointError, match="another adapter: LoRA of rank 8, alpha 16"):
         run_of(ALONE, folder=str(tmp_path / "run"), options={**lora, "lora_alpha": 4.0})
+    with pytest.raises(CheckpointError, match="another adapter: LoRA of rank 8, alpha 16"):
+        run_of(ALONE, folder=str(tmp_path / "run"), options={**lora, "adapter": "qlora8"})
 
 
 def verified(world: World, *, folder: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def verified(world: World, *, folder: str, options: dict[str, Any]) -> dict[str,
     return {"passed": report.passed, "worst": report.max_relative_error, "names": sorted(names), "failures": failures}
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("adapter", ["none", "lora", "qlora8"])
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_each_plugin_computes_what_plain_pytorch_does(
     run_case: Run, options: dict[str, Any], tmp_path: Path, plugin: str, adapter: str
@@ -181,13 +183,13 @@ def test_each_plugin_computes_what_plain_pytorch_does(
         assert report["failures"] == []
         assert report["passed"]
         assert report["worst"] < 1e-4
-        if adapter == "lora":
+        if adapter != "none":
             assert report["names"] == sorted(
                 f"transformer.h.{layer}.attn.c_attn.lora_{part}.weight" for layer in range(2) for part in "AB"
             )
 
 
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize("adapter", ["none", "lora", "qlora4"])
 def test_chunks_that_come_and_go_compute_what_plain_pytorch_does(
     options: dict[str, Any], tmp_path: Path, adapter: str
 ) -> None:
