@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from albireo.device.lanes import Arrival, CopyLane, ImmediateLane, SimulatedLane
+from albireo.device.lanes import Arrival, CopyLane, ImmediateLane
+from albireo.device.simulated_lane import SimulatedLane
 
 
 def ones(numel: int = 4, **more: torch.dtype) -> torch.Tensor:

@@ -11,8 +11,9 @@ from typing import Self
 
 import torch
 
-from albireo.device.lanes import CopyLane, CudaLane, SimulatedLane
+from albireo.device.lanes import CopyLane, CudaLane
 from albireo.device.pinned import host_buffer
+from albireo.device.simulated_lane import SimulatedLane
 from albireo.errors import OutOfMemoryError
 
 __all__ = ["CudaPool", "DevicePool", "SimulatedPool", "device_pool"]
