@@ -80,6 +80,19 @@ class FileOperations:
         with self.new_file(path) as file:
             file.write(data)
 
+    def replace(self, path: Path, data: bytes) -> None:
+        """Write a file so that a reader, or a crash at any moment, finds the old one or the new one, never a part.
+
+        Args:
+            path: the file to make or replace; its folder must exist.
+            data: the whole content.
+        """
+        # One fixed name for the unfinished file: what a killed writer left is overwritten by the next, not piled up.
+        unfinished = path.with_name(f".{path.name}.tmp")
+        self.write_bytes(unfinished, data)
+        self.rename(unfinished, path)
+        self.sync_directory(path.parent)
+
     def make_directory(self, path: Path) -> None:
         """Make a folder and the parents that are missing, each synced into its own parent; an existing one is fine."""
         if path.is_dir():

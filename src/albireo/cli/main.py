@@ -15,6 +15,7 @@ from albireo.cli.checkpoint import checkpoint
 from albireo.cli.generate import generate
 from albireo.cli.options import NamedGroup
 from albireo.cli.run import run
+from albireo.cli.trace import trace
 from albireo.cli.train import train
 from albireo.cli.verify import verify
 from albireo.errors import AlbireoError
@@ -58,6 +59,7 @@ cli.add_command(generate)
 cli.add_command(checkpoint)
 cli.add_command(run)
 cli.add_command(check)
+cli.add_command(trace)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -30,6 +30,7 @@ PLUGIN_OPTIONS: Mapping[str, str] = MappingProxyType(
         "shard_param_frac": "gemini",
         "prefetch": "gemini",
         "host_cap": "gemini",
+        "trace": "gemini",
     }
 )
 
@@ -116,6 +117,11 @@ class PluginConfig:
         "bytes); 0 is what the machine really has.",
         minimum=0.0,
         metavar="GB",
+    )
+    trace: bool = option(
+        False,
+        "gemini: write the timeline of one step, the fourth where nothing intervenes, into the run folder: trace.png, trace.json and "
+        "trace-chrome.json (for chrome://tracing or Perfetto). `albireo trace RUN` says in words what was waited for.",
     )
     precision: Literal["fp32", "fp16", "bf16"] | None = option(
         None, "The numbers that compute. Default: bf16 where the GPU has it, else fp16; fp32 on a CPU."

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from albireo.device.watch import LaneWatch, WorkLabel, at_work, waiting
+
 __all__ = ["Arrival", "CopyLane", "CudaLane", "ImmediateLane", "check_shapes", "copy_lane"]
 
 
@@ -40,7 +42,12 @@ class CopyLane(ABC):
     """Runs copies, and what belongs to them, in the order in which they are enqueued. Any thread may enqueue.
 
     Nothing here is recorded for autograd.
+
+    Attributes:
+        watch: is told of works that have a label, and of waits for them; None: nobody looks.
     """
+
+    watch: LaneWatch | None = None
 
     @abstractmethod
     def follow(self) -> None:
@@ -51,7 +58,7 @@ class CopyLane(ABC):
         """
 
     @abstractmethod
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Arrival:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, label: WorkLabel | None = None) -> Arrival:
         """Enqueue a copy; dtypes may differ. From here to the arrival nobody may read the target or write the source.
 
         The caller keeps the arrival until it has waited for it, and with that both tensors, which the arrival holds: a
@@ -63,18 +70,20 @@ class CopyLane(ABC):
         Args:
             target: of the source's shape.
             source: host memory is page-locked, or the host waits after all.
+            label: what it is, for whoever looks.
 
         Raises:
             ValueError: the shapes differ.
         """
 
     @abstractmethod
-    def run(self, function: Callable[[], object]) -> Arrival:
+    def run(self, function: Callable[[], object], label: WorkLabel | None = None) -> Arrival:
         """Enqueue any function, such as a copy that a collective follows. The arrival holds it, as that of a copy does.
 
         Args:
             function: on a GPU it is called at once, with the lane as the current stream; on a simulated lane when
                 somebody waits, on the thread that does.
+            label: what it is, for whoever looks.
         """
 
     @abstractmethod
@@ -100,61 +109,71 @@ class CudaLane(CopyLane):
     Args:
         device: the GPU.
         priority: of the stream's kernels; lower numbers go first.
+
+    Attributes:
+        device: the GPU.
+        stream: the lane's.
     """
 
     def __init__(self, device: torch.device, priority: int = 0) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+        self.device = device
+        self.stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
 
     def follow(self) -> None:
         """Put the stream behind the current one."""
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Arrival:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, label: WorkLabel | None = None) -> Arrival:
         """Enqueue a copy."""
         check_shapes(target, source)
-        home = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._stream), torch.no_grad():
+        home = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.stream), torch.no_grad(), at_work(self.watch, label):
             target.copy_(source, non_blocking=True)
-        return _CudaArrival(self._device, self._stream, home, (target, source))
+        return _CudaArrival(self, home, (target, source), label)
 
-    def run(self, function: Callable[[], object]) -> Arrival:
+    def run(self, function: Callable[[], object], label: WorkLabel | None = None) -> Arrival:
         """Call a function with the lane as the current stream."""
-        home = torch.cuda.current_stream(self._device)
-        with torch.cuda.stream(self._stream), torch.no_grad():
+        home = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.stream), torch.no_grad(), at_work(self.watch, label):
             function()
-        return _CudaArrival(self._device, self._stream, home, function)
+        return _CudaArrival(self, home, function, label)
 
     def running(self) -> AbstractContextManager[object]:
         """Make the lane the current stream."""
-        return torch.cuda.stream(self._stream)
+        return torch.cuda.stream(self.stream)
 
     def drain(self) -> None:
         """Wait for the stream."""
-        self._stream.synchronize()
+        self.stream.synchronize()
 
 
 class _CudaArrival(Arrival):
     """An event on a lane.
 
     Args:
-        device: the GPU.
-        stream: the lane's.
+        lane: which.
         home: the stream that was current when the work was enqueued: memory goes back to that one's.
         kept: what has to live until `home` is behind the event, or the host has seen it.
+        label: what it is, for whoever looks.
     """
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream, home: torch.cuda.Stream, kept: object) -> None:
-        self._device = device
+    def __init__(self, lane: CudaLane, home: torch.cuda.Stream, kept: object, label: WorkLabel | None) -> None:
+        self._lane = lane
         self._home = home
         self._kept: object = kept
+        self._label = label
         # A thread of the host that waits sleeps: spinning it would take a core from those that step.
         self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        self._event.record(stream)
+        self._event.record(lane.stream)
 
     def wait(self) -> None:
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(self._event)
+        current = torch.cuda.current_stream(self._lane.device)
+        # Another stream's wait is not the computing's, and nothing waits for what has run.
+        watch = self._lane.watch
+        if watch is not None and (current != self._home or self.has_run):
+            watch = None
+        with waiting(watch, self._label):
+            current.wait_event(self._event)
         if current == self._home:
             self._kept = None
 
@@ -168,19 +187,19 @@ class _CudaArrival(Arrival):
 
 
 class ImmediateLane(CopyLane):
-    """A plain CPU, which has one stream: all is done at once."""
+    """A plain CPU, which has one stream: all is done at once. There is nothing to watch: nobody waits."""
 
     def follow(self) -> None:
         """Do nothing: what came before is done."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Arrival:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, label: WorkLabel | None = None) -> Arrival:  # noqa: ARG002
         """Copy."""
         check_shapes(target, source)
         with torch.no_grad():
             target.copy_(source)
         return _Arrived()
 
-    def run(self, function: Callable[[], object]) -> Arrival:
+    def run(self, function: Callable[[], object], label: WorkLabel | None = None) -> Arrival:  # noqa: ARG002
         """Call a function."""
         with torch.no_grad():
             function()

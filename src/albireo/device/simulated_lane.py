@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from albireo.device.lanes import Arrival, CopyLane, check_shapes
+from albireo.device.watch import WorkLabel, at_work, waiting
 
 __all__ = ["SimulatedLane"]
 
@@ -31,7 +32,7 @@ class SimulatedLane(CopyLane):
     def follow(self) -> None:
         """Do nothing: what the current stream, a CPU, was given is done."""
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor) -> Arrival:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, label: WorkLabel | None = None) -> Arrival:
         """Enqueue a copy, and spoil its target."""
         check_shapes(target, source)
 
@@ -42,12 +43,12 @@ class SimulatedLane(CopyLane):
             # Something earlier on this lane may read the target before it is overwritten, which is right on a GPU too.
             if not any(work.may_read(target) for work in self._queue):
                 _spoil(target)
-            return self._enqueue(_Work(copy, target=target, source=source))
+            return self._enqueue(_Work(copy, label, target=target, source=source))
 
-    def run(self, function: Callable[[], object]) -> Arrival:
+    def run(self, function: Callable[[], object], label: WorkLabel | None = None) -> Arrival:
         """Enqueue a function."""
         with self._changed:
-            return self._enqueue(_Work(function))
+            return self._enqueue(_Work(function, label))
 
     def running(self) -> AbstractContextManager[object]:
         """Refuse."""
@@ -94,7 +95,8 @@ class SimulatedLane(CopyLane):
                     raise RuntimeError("what runs on a lane waits for something that comes after it there")
                 self._runner = threading.get_ident()
                 oldest = self._queue[0]
-            error = oldest.run()
+            with at_work(self.watch, oldest.label):
+                error = oldest.run()
             with self._changed:
                 self._queue.popleft()
                 oldest.finish(error)
@@ -111,14 +113,21 @@ class _Work:
 
     Args:
         function: does it.
+        label: what it is, for whoever looks.
         target: what a copy writes.
         source: what a copy reads.
     """
 
     def __init__(
-        self, function: Callable[[], object], *, target: torch.Tensor | None = None, source: torch.Tensor | None = None
+        self,
+        function: Callable[[], object],
+        label: WorkLabel | None = None,
+        *,
+        target: torch.Tensor | None = None,
+        source: torch.Tensor | None = None,
     ) -> None:
         self._function: Callable[[], object] | None = function
+        self.label = label
         self._target = target
         self._source = source
         self.is_done = False
@@ -154,10 +163,11 @@ class _LateArrival(Arrival):
         self._work = work
 
     def wait(self) -> None:
-        self._lane._run_until(self._work)  # noqa: SLF001  one mechanism in two classes
+        with waiting(None if self.has_run else self._lane.watch, self._work.label):
+            self.synchronize()
 
     def synchronize(self) -> None:
-        self.wait()
+        self._lane._run_until(self._work)  # noqa: SLF001  one mechanism in two classes
 
     @property
     def has_run(self) -> bool:

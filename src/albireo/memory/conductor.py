@@ -13,6 +13,7 @@ from albireo.memory.chunk import Chunk
 from albireo.memory.itinerary import Itinerary
 from albireo.memory.stats import MemStatsCollector, Phase
 from albireo.memory.tensors import StatefulTensorManager
+from albireo.memory.tracing.recorder import Recorder
 from albireo.memory.units import Unit
 
 __all__ = ["Conductor"]
@@ -71,6 +72,7 @@ class Conductor:
         on_step_begins: called with a training step's first forward and the elements of its inputs.
         on_backward_enters: called with the chunks that belong to none but units whose backward had begun before the one
             that begins.
+        watch: is told when units begin and end; None: nobody looks.
         backwards: how many backwards this step has had.
         was_lost: the step before did not do what its trace says.
     """
@@ -108,6 +110,7 @@ class Conductor:
         self.itinerary: Itinerary | None = None
         self.on_step_begins: Callable[[int], None] | None = None
         self.on_backward_enters: Callable[[frozenset[Chunk]], None] | None = None
+        self.watch: Recorder | None = None
         manager.before_change = collector.change
 
     @property
@@ -153,6 +156,8 @@ class Conductor:
             return
         use.calls -= 1
         self._let_go(use.chunks)
+        if self.watch is not None:
+            self.watch.enters(self._root.unit.name, "forward")
 
     def touch_root(self) -> None:
         """See to it that the root's parameters are there, whoever calls a part of it by itself."""
@@ -225,6 +230,8 @@ class Conductor:
             use.calls = 0
         # What has been fetched ahead for the next micro-batch stays.
         self._let_go([chunk for chunk in self._manager.chunks if chunk.arrival is None])
+        if self.watch is not None:
+            self.watch.enters(self._root.unit.name, "step")
 
     def abandon(self) -> None:
         """A step has failed: nothing is in use any more."""
@@ -244,6 +251,9 @@ class Conductor:
             self.itinerary.restart()
 
     def _enter(self, use: _UnitUse, phase: Phase, *, observed: bool) -> None:
+        if self.watch is not None:
+            # What its use waits for is waited for in its name.
+            self.watch.enters(use.unit.name, phase)
         active = frozenset(chunk.number for other in self._uses if other.is_active for chunk in other.chunks)
         known = self.itinerary if observed else None
         fetches = known.enter(active, phase) if known is not None else ()

@@ -24,6 +24,7 @@ from albireo.memory.planner import MemoryLimits, PlacementPolicy, Planner
 from albireo.memory.sizes import ChunkSizes
 from albireo.memory.stats import MemStatsCollector
 from albireo.memory.tensors import StatefulTensorManager, places_of
+from albireo.memory.tracing.tracer import Tracer, TracingSetting
 from albireo.memory.units import Unit, find_units
 from albireo.optim import HostStepper, LossScale
 from albireo.sharding import FlatLayout, FlatParameters, GradientOffload, Gradients, LocalGradients, ReducedGradients
@@ -47,6 +48,7 @@ class Setting:
         chunk_elements: how many elements a chunk has, about.
         peak_bytes: returns the most that was allocated on the device since the last call.
         say: takes a line about each placement.
+        tracing: who is to get the timeline of a step; None: nobody.
     """
 
     world: World
@@ -56,6 +58,7 @@ class Setting:
     chunk_elements: int
     peak_bytes: Callable[[], int]
     say: Callable[[str], None]
+    tracing: TracingSetting | None = None
 
 
 class Gemini:
@@ -116,6 +119,12 @@ class Gemini:
             self._collector,
             prefetch=setting.policy.prefetch,
         )
+        self._tracer: Tracer | None = None
+        if setting.tracing is not None:
+            names = [
+                [unit.name for unit, order in zip(units, orders, strict=True) if n in order] for n in range(len(plans))
+            ]
+            self._tracer = Tracer(setting.tracing, setting.pool, self.manager, self.conductor, names)
         self.conductor.on_step_begins = self._begin_step
         if isinstance(self.gradients, ReducedGradients):
             self.conductor.on_backward_enters = partial(_pace, self.gradients)
@@ -164,6 +173,8 @@ class Gemini:
             wrapped.make_host_steps = lambda: HostSteps(make_stepper(), self._setting.pool.to_device)
         wrapped.before_clip = self._end_backwards
         wrapped.is_settled = lambda: self.is_settled
+        if self._tracer is not None:
+            wrapped.on_stepped = self._tracer.step_ends
         self._optimizer = optimizer
         return wrapped
 
@@ -202,6 +213,11 @@ class Gemini:
         return isinstance(bucket, Chunk) and bucket.states_place == "host"
 
     def _begin_step(self, elements: int) -> None:
+        self._see_batch(elements)
+        if self._tracer is not None:
+            self._tracer.step_begins(settled=self.is_settled)
+
+    def _see_batch(self, elements: int) -> None:
         """See whether anything is known of a batch as large as this one."""
         elements = int(max(row[0] for row in self._setting.world.gather_numbers([float(elements)])))
         if elements <= self._elements and not (self.conductor.was_lost and self._watches_left > 0):

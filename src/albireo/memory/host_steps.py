@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 
 from albireo.device.lanes import Arrival, CopyLane
+from albireo.device.watch import WorkLabel, waiting
 from albireo.memory.chunk import Chunk
+from albireo.memory.tracing.recorder import Recorder
 from albireo.optim import HostStepper, Ticket
 from albireo.sharding import Fragment
 
@@ -32,11 +34,15 @@ class HostSteps:
     Args:
         stepper: steps the optimizer's parameters.
         lane: on which new weights go to chunks that are on the device.
+
+    Attributes:
+        watch: is told when chunks are stepped, and what waits for that; None: nobody looks.
     """
 
     def __init__(self, stepper: HostStepper, lane: CopyLane) -> None:
         self._stepper = stepper
         self._lane = lane
+        self.watch: Recorder | None = None
         self._lock = threading.RLock()
         self._ticket: Ticket | None = None
         self._is_last = True
@@ -119,7 +125,8 @@ class HostSteps:
             Exception: what stopped the stepper.
         """
         if chunk in self._unfinished and self._ticket is not None:
-            self._ticket.wait_until(lambda: chunk not in self._unfinished)
+            with waiting(self.watch, WorkLabel("host step", chunk)):
+                self._ticket.wait_until(lambda: chunk not in self._unfinished)
 
     def flush(self) -> None:
         """Block until all are stepped.
@@ -127,10 +134,11 @@ class HostSteps:
         Raises:
             Exception: what stopped the stepper.
         """
-        if self._ticket is not None:
-            self._ticket.wait_until(lambda: not self._unfinished)
-        if self._is_last:
-            self._stepper.flush()
+        with waiting(self.watch if self._unfinished else None, WorkLabel("host step")):
+            if self._ticket is not None:
+                self._ticket.wait_until(lambda: not self._unfinished)
+            if self._is_last:
+                self._stepper.flush()
 
     def abandon(self) -> bool:
         """Forget what has not begun of a step that has failed, and finish the rest.
@@ -167,7 +175,7 @@ class HostSteps:
                 output = None
                 if chunk.home is not chunk.master:
                     output = chunk.home[fragment.cut.offset : fragment.cut.offset + fragment.cut.numel]
-                ready = _both(self._fence, arrival)
+                ready = self._when_there(chunk, self._fence, arrival)
                 self._fence = None
                 self._ticket.submit(fragment.master, gradient, output=output, ready=ready)
         self._seal_if_all_are_fed()
@@ -184,19 +192,25 @@ class HostSteps:
                 return
             # Where ranks share a chunk, the others' parts come with it, by a collective that all call in one order.
             if chunk.ranks == 1 and chunk.resident:
-                chunk.arrival = self._lane.copy(chunk.partition, chunk.home)
+                label = WorkLabel("weights in", chunk, chunk.shard_bytes)
+                chunk.arrival = self._lane.copy(chunk.partition, chunk.home, label)
                 chunk.is_current = True
+            watch = self.watch  # which the main thread may take away
+            if watch is not None:
+                watch.host_ends(chunk)
             del self._under_way[index]
             self._unfinished.discard(chunk)
             self._feed()
 
+    def _when_there(self, chunk: Chunk, fence: Arrival | None, arrival: Arrival) -> Callable[[], object]:
+        """Return what waits until a chunk's gradient may be read, and its weights written."""
 
-def _both(fence: Arrival | None, arrival: Arrival) -> Callable[[], object]:
-    """Return what waits for both."""
+        def wait() -> None:
+            if fence is not None:
+                fence.synchronize()
+            arrival.synchronize()
+            watch = self.watch  # which the main thread may take away
+            if watch is not None:
+                watch.host_begins(chunk)
 
-    def wait() -> None:
-        if fence is not None:
-            fence.synchronize()
-        arrival.synchronize()
-
-    return wait
+        return wait

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from albireo.device.watch import WorkLabel, waiting
 from albireo.distributed import World
 from albireo.memory.chunk import Chunk
 from albireo.memory.conductor import Conductor
@@ -35,6 +36,7 @@ class GeminiOptimizer(ShardedOptimizer):
             torch's own optimizer steps them, within `step`.
         before_clip: called once a step, after its last backward and before anything is done with the gradients.
         is_settled: returns True if chunks stay where they are in this step.
+        on_stepped: called when a step has been launched.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class GeminiOptimizer(ShardedOptimizer):
         self.make_host_steps: Callable[[], HostSteps] | None = None
         self.before_clip: Callable[[], None] | None = None
         self.is_settled: Callable[[], bool] | None = None
+        self.on_stepped: Callable[[], None] | None = None
 
     def expect_step(self, max_norm: float) -> None:
         """See the base class: without a bound on the norm, chunks on the host are stepped as their gradients arrive.
@@ -105,6 +108,8 @@ class GeminiOptimizer(ShardedOptimizer):
             self._place()
         super().step(closure)
         self._conductor.end_step()
+        if self.on_stepped is not None:
+            self.on_stepped()
 
     def abandon_step(self, *, reduced: bool = False) -> None:
         """Forget a step that failed on this rank, so that it fails on all."""
@@ -154,7 +159,9 @@ class GeminiOptimizer(ShardedOptimizer):
         else:
             if not steps.is_open:
                 factor = self._gradients.factor
-                steps.open(1.0 if factor is None else float(factor), fenced=True)
+                with waiting(self._conductor.watch, WorkLabel("norm of gradients")):
+                    number = 1.0 if factor is None else float(factor)
+                steps.open(number, fenced=True)
             for chunk in host:
                 # What has no gradient of the last micro-batch has not been handed over in backward.
                 if not steps.has(chunk):

@@ -8,10 +8,12 @@ from typing import Protocol
 import torch
 
 from albireo.device.pool import DevicePool
+from albireo.device.watch import WorkLabel
 from albireo.distributed.collectives import all_gather_into
 from albireo.memory.chunk import Chunk, Home, States
 from albireo.memory.host_steps import HostSteps
 from albireo.memory.placement import Placement
+from albireo.memory.tracing.recorder import Recorder
 
 __all__ = ["StatefulTensorManager", "places_of"]
 
@@ -30,6 +32,7 @@ class StatefulTensorManager:
         host_steps: what steps chunks on the host beside the rest; None: nothing does.
         half_stepped: a step failed when some weights had been stepped and others not: from then on they cannot be used.
         before_change: called before the memory that chunks take on the device changes.
+        watch: is told when chunks come and go; None: nobody looks.
     """
 
     def __init__(self, chunks: Sequence[Chunk], pool: DevicePool) -> None:
@@ -37,6 +40,7 @@ class StatefulTensorManager:
         self.host_steps: HostSteps | None = None
         self.half_stepped = False
         self.before_change: Callable[[], None] | None = None
+        self.watch: Recorder | None = None
         self._pool = pool
         # Weights on their way home, which keep their device memory until they are there.
         self._outgoing: dict[Chunk, torch.Tensor] = {}
@@ -66,6 +70,8 @@ class StatefulTensorManager:
         if not chunk.is_here:
             self._changes()
             self._pool.take_back(chunk.compute)
+            if self.watch is not None:
+                self.watch.chunk_moves(chunk, here=True)
         self._wait_for_home(chunk)
         if chunk.home_place == "storage" and chunk.ranks == 1:
             chunk.is_current = True
@@ -73,7 +79,7 @@ class StatefulTensorManager:
         lane = self._pool.to_device if chunk.home_place == "host" else self._pool.gather
         # The storage may have been another's whose kernels are not done; a home on the device has just been written.
         lane.follow()
-        chunk.arrival = lane.run(lambda: _fill(chunk))
+        chunk.arrival = lane.run(lambda: _fill(chunk), WorkLabel("weights in", chunk, chunk.shard_bytes))
         chunk.is_current = True
 
     def use(self, chunk: Chunk) -> None:
@@ -95,6 +101,8 @@ class StatefulTensorManager:
             chunk.arrival = None
         chunk.detach()
         self._pool.let_go(chunk.compute)
+        if self.watch is not None:
+            self.watch.chunk_moves(chunk, here=False)
         chunk.is_current = False
 
     def stale(self, chunk: Chunk) -> None:
@@ -166,7 +174,8 @@ class StatefulTensorManager:
             self._wait_for_home(chunk)
             narrow = chunk.master.to(chunk.dtype, copy=True)
             self._pool.to_host.follow()
-            chunk.home_arrival = self._pool.to_host.copy(chunk.home, narrow)
+            label = WorkLabel("weights home", chunk, chunk.shard_bytes)
+            chunk.home_arrival = self._pool.to_host.copy(chunk.home, narrow, label)
             self._outgoing[chunk] = narrow
         chunk.is_current = chunk.home_place == "storage" and chunk.ranks == 1 and chunk.is_here
         if not chunk.is_current and chunk.is_attached:

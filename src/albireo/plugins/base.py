@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, cast
 
@@ -143,6 +144,17 @@ class Plugin(ABC):
             world: the ranks.
             weights: the first weights of a model whose parameters have no memory; None: they are in the parameters.
         """
+
+    def trace_into(self, folder: Path) -> None:
+        """Write the timeline of a step into a folder, of what is configured from now on.
+
+        Args:
+            folder: which.
+
+        Raises:
+            ConfigError: this plugin moves nothing whose timeline could be written.
+        """
+        raise ConfigError(f"{self.name} has no timeline to trace: take GeminiPlugin, or torch's own profiler")
 
     def readable_weights(self, model: ModelWrapper) -> Iterator[nn.Parameter]:
         """Yield the model's parameters as they compute; each may be read until the next one is asked for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,6 +17,8 @@ from albireo.device.pool import DevicePool, device_pool
 from albireo.distributed import World
 from albireo.errors import ConfigError
 from albireo.memory import Gemini, MemoryLimits, PlacementPolicy, Setting
+from albireo.memory.tracing import Timeline, write_trace
+from albireo.memory.tracing.tracer import TracingSetting
 from albireo.optim import HostStepper, LossScale, LossScalePolicy, OptimizerWrapper, stepper_threads
 from albireo.plugins.base import PRECISIONS, ModelWrapper
 from albireo.plugins.casting import CastInputs, bytes_of, compute_dtypes
@@ -73,6 +76,8 @@ class GeminiPlugin(PartsPlugin):
         growth_interval: see `growth_factor`.
         hysteresis: how many overflows it takes until each makes it fall.
         max_scale: it never grows beyond this.
+        trace: a folder, which gets the timeline of one step, once nothing is decided any more, as a picture and as JSON; None:
+            nothing is traced.
 
     Raises:
         ConfigError: an option has no such value.
@@ -103,6 +108,7 @@ class GeminiPlugin(PartsPlugin):
         growth_interval: int = 1000,
         hysteresis: int = 2,
         max_scale: float = 2.0**32,
+        trace: str | Path | None = None,
     ) -> None:
         if not master_weights:
             raise ConfigError("fp32 weights are always kept: leave master_weights=True")
@@ -124,6 +130,11 @@ class GeminiPlugin(PartsPlugin):
         self._max_norm = max_norm
         self._mem_cap_bytes = mem_cap_bytes
         self._host_cap_bytes = host_cap_bytes
+        self._trace_folder = None if trace is None else Path(trace)
+
+    def trace_into(self, folder: Path) -> None:
+        """See the base class."""
+        self._trace_folder = folder
 
     def place(self, model: nn.Module, device: torch.device, weights: WeightSource | None) -> None:
         """See the base class: parameters go to their chunks, one by one; buffers to the device."""
@@ -193,6 +204,13 @@ class GeminiPlugin(PartsPlugin):
         if self.say is not None:
             self.say(line)
 
+    def _write_trace(self, timeline: Timeline) -> None:
+        if self._trace_folder is not None:
+            write_trace(timeline, self._trace_folder)
+            self._report(
+                f"trace      step {timeline.step} is in {self._trace_folder}: albireo trace {self._trace_folder}"
+            )
+
     def _setting(self, world: World, pool: DevicePool) -> Setting:
         device: int | None = self._mem_cap_bytes
         if world.device.type == "cuda":
@@ -208,6 +226,9 @@ class GeminiPlugin(PartsPlugin):
             chunk_elements=self._chunk_elements,
             peak_bytes=peaks.interval_peak_bytes,
             say=self._report if world.is_main else _nothing,
+            tracing=TracingSetting(peaks, self._write_trace)
+            if self._trace_folder is not None and world.is_main
+            else None,
         )
 
 

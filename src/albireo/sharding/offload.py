@@ -10,6 +10,7 @@ import torch
 
 from albireo.device.lanes import Arrival, CopyLane
 from albireo.device.pinned import host_buffer
+from albireo.device.watch import WorkLabel
 from albireo.optim import HostStepper, norms_of
 from albireo.sharding.bucket import Bucket, Fragment
 from albireo.sharding.flat_parameters import FlatParameters
@@ -87,7 +88,8 @@ class GradientOffload:
         self._lane.follow()
         arrival: Arrival | None = None
         for place, gradient in zip(places, tensors, strict=True):
-            arrival = self._lane.copy(place, gradient)
+            label = WorkLabel("gradient out", bucket, gradient.numel() * gradient.element_size())
+            arrival = self._lane.copy(place, gradient, label)
         if arrival is None:
             return
         for (fragment, _), place, norm in zip(gradients, places, norms, strict=True):

@@ -27,6 +27,7 @@ from albireo.device import (
 from albireo.distributed import World, process_group
 from albireo.errors import CheckpointError, ConfigError
 from albireo.files import FileOperations
+from albireo.memory.tracing.tracer import STEPS_TO_TRACE
 from albireo.models import Family, KeptBlocks, compile_blocks, enable_activation_checkpointing
 from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
 from albireo.plugins import ModelWrapper, Plugin, make_plugin
@@ -90,6 +91,8 @@ def open_session(
             progress.message(line)
         plugin = make_plugin(config.plugin)
         plugin.say = progress.message
+        if config.plugin.trace:
+            plugin.trace_into(folder.path)
         if plugin.needs_process_group:
             stack.enter_context(process_group(world))
         stack.enter_context(warnings.catch_warnings())
@@ -111,6 +114,7 @@ def open_session(
                 f"the run in {folder.path} has done {position.step} steps and cannot end at {steps}: give more --steps "
                 "or --epochs, or begin a new run with another --output"
             )
+        _check_trace(config, steps - position.step, resumed=position.step > 0, progress=progress)
         if world.is_main:
             cut_after(folder.metrics_path, position.step if position.step > 0 else -1, files)
             folder.write_config(config_to_mapping(config))
@@ -148,6 +152,17 @@ def open_session(
                 memory_before=plugin.peaks(world.device).read(),
                 logits_bytes=recipe.output_bytes(config, planned, world.device),
             )
+
+
+def _check_trace(config: RunConfig, left: int, *, resumed: bool, progress: Progress) -> None:
+    """Say that a run is too short for the step that --trace shows."""
+    if not config.plugin.trace or left >= STEPS_TO_TRACE:
+        return
+    line = f"--trace shows step {STEPS_TO_TRACE} at the earliest, and there are {left} to do"
+    if not resumed:
+        raise ConfigError(f"{line}: give more --steps, or leave it out")
+    # The flag may be that of the run which goes on, and the trace there already.
+    progress.message(f"warning: {line}: nothing is traced")
 
 
 def _check_nothing_is_open(config: RunConfig) -> None:

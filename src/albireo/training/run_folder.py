@@ -30,12 +30,8 @@ def replace_file(path: Path, data: bytes, files: FileOperations | None = None) -
         RunFolderError: the file cannot be written (disk full, no permission, no such folder).
     """
     files = files if files is not None else FileOperations()
-    # One fixed name for the unfinished file: what a killed writer left is overwritten by the next, not piled up.
-    unfinished = path.with_name(f".{path.name}.tmp")
     try:
-        files.write_bytes(unfinished, data)
-        files.rename(unfinished, path)
-        files.sync_directory(path.parent)
+        files.replace(path, data)
     except OSError as error:
         raise RunFolderError(f"cannot write {path}: {error.strerror or error}") from error
 
