@@ -76,6 +76,8 @@ def open_session(
             apply_device_cap(world.device, int(config.plugin.mem_cap * 2**30))
         # What costs nothing to look at comes first; then what is fetched; then what is tokenized and built.
         recipe.check(config)
+        if config.schedule.steps is not None:
+            _check_trace(config, config.schedule.steps, resumed=False, progress=progress)
         planned = recipe.plan(config)
         _check_memory(config, planned, world)
         planned = planned.fetched(config)

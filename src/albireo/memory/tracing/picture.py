@@ -127,7 +127,8 @@ def _draw_waits(axes: Axes, timeline: Timeline) -> None:
         sums.append(sums[-1])
         axes.plot(times, sums, color=_COLOUR_OF.get(kind, _OTHER), label=f"{kind}: {sums[-1]:,.1f} ms")
     if kinds:
-        axes.legend(loc="upper left", frameon=False, fontsize=9)
+        # Above: within, no corner is left free by every curve.
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False, fontsize=9, borderpad=0)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("waited so far, ms")
 

@@ -131,7 +131,7 @@ class Recorder(WaitWatch):
         self._unit, self._phase = unit, phase
         moment = Moment(self._device)
         self.uses.append(SeenUse(unit, phase, moment))
-        self._sample(moment)
+        self.sample(moment)
 
     def chunk_moves(self, chunk: Chunk, *, here: bool) -> None:
         """A chunk's storage has been given memory, or has let it go.
@@ -142,7 +142,7 @@ class Recorder(WaitWatch):
         """
         moment = Moment(self._device)
         self.moves.append(Move(chunk.number, here, moment))
-        self._sample(moment)
+        self.sample(moment)
 
     def host_begins(self, chunk: Chunk) -> None:
         """The host stepper has a chunk's next gradient, and begins; called by its thread.
@@ -198,7 +198,12 @@ class Recorder(WaitWatch):
             self._within.anything = before
             work.end = Moment(self._device)
 
-    def _sample(self, moment: Moment) -> None:
+    def sample(self, moment: Moment) -> None:
+        """Read both memories.
+
+        Args:
+            moment: when.
+        """
         self.samples.append(Sample(moment, *self._memory()))
 
 

@@ -95,6 +95,7 @@ class Tracer:
             return
         self._is_done = True
         recorder, begin, end = self._recorder, self._begin, Moment(self._pool.device)
+        recorder.sample(end)
         self._forget()
         end.wait()
         self._setting.on_timeline(self._timeline(recorder, _Clock(begin, end, time.perf_counter())))
