@@ -1,5 +1,6 @@
 """The machine under a run: its device, its memory, its random state, and the only counters of peaks."""
 
+from albireo.device.attention import attention_for_many_shapes
 from albireo.device.cap import apply_device_cap, device_room_bytes
 from albireo.device.clock import Moment
 from albireo.device.machine import describe_device, detect_device_type, device_count, has_native_bf16, select_device
@@ -15,6 +16,7 @@ __all__ = [
     "PeakReading",
     "Readback",
     "apply_device_cap",
+    "attention_for_many_shapes",
     "capture_random_state",
     "describe_device",
     "detect_device_type",

@@ -64,7 +64,8 @@ def quantise(weight: Tensor, code: Code) -> tuple[Tensor, Tensor]:
     missing = -flat.numel() % block
     blocks = torch.nn.functional.pad(flat, (0, missing)).view(-1, block)
     largest = blocks.abs().amax(dim=1, keepdim=True)
-    scales = largest / _INT8_MOST if code == "int8" else largest
+    # By a tensor: a GPU divides by a plain number with a product, which rounds twice.
+    scales = largest / torch.full_like(largest, _INT8_MOST) if code == "int8" else largest
     # A block of zeros has the code of zero, whatever it is multiplied by.
     shares = blocks / torch.where(scales > 0, scales, 1.0)
     if code == "int8":

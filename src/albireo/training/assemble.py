@@ -19,6 +19,7 @@ from albireo.config import RunConfig, config_to_mapping
 from albireo.data import BatchLayout, steps_for
 from albireo.device import (
     apply_device_cap,
+    attention_for_many_shapes,
     describe_device,
     device_total_bytes,
     read_host_memory,
@@ -91,6 +92,8 @@ def open_session(
         config, steps = _with_lengths(config, data.size, layout.samples_per_step)
         for line in data.lines:
             progress.message(line)
+        if data.is_ragged:
+            stack.enter_context(attention_for_many_shapes(world.device))
         plugin = make_plugin(config.plugin)
         plugin.say = progress.message
         if config.plugin.trace:
