@@ -77,8 +77,7 @@ def open_session(
             apply_device_cap(world.device, int(config.plugin.mem_cap * 2**30))
         # What costs nothing to look at comes first; then what is fetched; then what is tokenized and built.
         recipe.check(config)
-        if config.schedule.steps is not None:
-            _check_trace(config, config.schedule.steps, resumed=False, progress=progress)
+        _check_trace(config, config.schedule.steps, resumed=False, progress=progress)
         planned = recipe.plan(config)
         _check_memory(config, planned, world)
         planned = planned.fetched(config)
@@ -94,10 +93,7 @@ def open_session(
             progress.message(line)
         if data.is_ragged:
             stack.enter_context(attention_for_many_shapes(world.device))
-        plugin = make_plugin(config.plugin)
-        plugin.say = progress.message
-        if config.plugin.trace:
-            plugin.trace_into(folder.path)
+        plugin = _make_plugin(config, folder, progress)
         if plugin.needs_process_group:
             stack.enter_context(process_group(world))
         stack.enter_context(warnings.catch_warnings())
@@ -159,9 +155,17 @@ def open_session(
             )
 
 
-def _check_trace(config: RunConfig, left: int, *, resumed: bool, progress: Progress) -> None:
+def _make_plugin(config: RunConfig, folder: RunFolder, progress: Progress) -> Plugin:
+    plugin = make_plugin(config.plugin)
+    plugin.say = progress.message
+    if config.plugin.trace:
+        plugin.trace_into(folder.path)
+    return plugin
+
+
+def _check_trace(config: RunConfig, left: int | None, *, resumed: bool, progress: Progress) -> None:
     """Say that a run is too short for the step that --trace shows."""
-    if not config.plugin.trace or left >= STEPS_TO_TRACE:
+    if not config.plugin.trace or left is None or left >= STEPS_TO_TRACE:
         return
     line = f"--trace shows step {STEPS_TO_TRACE} at the earliest, and there are {left} to do"
     if not resumed:
