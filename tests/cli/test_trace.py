@@ -18,6 +18,10 @@ def test_a_traced_run_leaves_its_files_and_is_read_in_words(train_server: TrainS
     assert ended.code == 0, ended.errors
     assert json.loads((run / "trace.json").read_text())["step"] == 4
     assert {"trace.png", "trace-chrome.json"} <= {path.name for path in run.iterdir()}
+    plan = json.loads((run / "summary.json").read_text())["plan"]
+    assert {chunk["states"] for chunk in plan["chunks"]} == {"host"}
+    assert {chunk["weights"] for chunk in plan["chunks"]} == {"travel"}
+    assert plan["parameters_stepped"]["host"] == sum(chunk["parameters"] for chunk in plan["chunks"]) > 0
     words = train_server.run(["trace", str(run)])
     assert words.code == 0, words.errors
     assert words.output.startswith("step 4: ")

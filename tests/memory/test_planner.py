@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -113,3 +114,31 @@ def test_it_says_what_it_decided_in_a_line() -> None:
     frozen = [SIZES[0], *(ChunkSizes(2 * MB, 1, torch.float32, trained=False, is_root=False) for _ in range(4))]
     plan = planner(sizes=frozen, kind="static", offload_param_frac=1.0)
     assert "static: weights of 0 of 5 chunks stay on the device, states of 1 of 1;" in plan.describe(plan.initial())
+
+
+def test_a_plan_as_data_says_what_is_where_and_how_long_it_takes() -> None:
+    made = planner(80 * MB)
+    placement = made.place(TRACE, accumulates=False)
+    units = [[""], ["a"], ["b"], ["c"], ["d"]]
+    data = made.data(placement, units, accumulates=False)
+    assert json.loads(json.dumps(data)) == data
+    assert {row["chunk"] for row in data["chunks"] if row["weights"] == "stay"} == placement.resident
+    assert {row["chunk"] for row in data["chunks"] if row["states"] == "device"} == placement.states_on_device
+    assert [row["units"] for row in data["chunks"]] == units
+    assert [row["parameters"] for row in data["chunks"]] == [MB] + [2 * MB] * 4
+    # Two moments of each; the masters are the weights themselves.
+    assert [row["state_bytes"] for row in data["chunks"]] == [8 * MB] + [16 * MB] * 4
+    stepped = data["parameters_stepped"]
+    assert 0 < stepped["host"] < sum(stepped.values()) == 9 * MB
+    assert data["predicted_seconds"]["steps_on_host"] == stepped["host"] / data["rates"]["host_parameters_per_second"]
+    assert data["predicted_seconds"]["traffic"] == pytest.approx(
+        placement.traffic_bytes / 2 / data["rates"]["bus_bytes_per_second"]
+    )
+
+
+def test_a_plan_as_data_says_of_frozen_chunks_that_nothing_steps_them() -> None:
+    frozen = [ChunkSizes(MB, 1, torch.bfloat16, trained=False, is_root=number == 0) for number in range(5)]
+    made = planner(sizes=frozen)
+    data = made.data(made.place(TRACE, accumulates=False), [[]] * 5, accumulates=False)
+    assert [row["states"] for row in data["chunks"]] == [None] * 5
+    assert data["parameters_stepped"] == {"device": 0, "host": 0}

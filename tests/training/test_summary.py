@@ -90,6 +90,7 @@ def test_summary_of_a_run(summary):
         "memory_before": None,
         "memory_after": None,
         "device_reserved_peak_bytes": 0,
+        "plan": None,
         "loss_plot_path": "loss.png",
         "model_path": "model",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -119,12 +120,12 @@ class Gemini:
             self._collector,
             prefetch=setting.policy.prefetch,
         )
+        self._names = [
+            [unit.name for unit, order in zip(units, orders, strict=True) if n in order] for n in range(len(plans))
+        ]
         self._tracer: Tracer | None = None
         if setting.tracing is not None:
-            names = [
-                [unit.name for unit, order in zip(units, orders, strict=True) if n in order] for n in range(len(plans))
-            ]
-            self._tracer = Tracer(setting.tracing, setting.pool, self.manager, self.conductor, names)
+            self._tracer = Tracer(setting.tracing, setting.pool, self.manager, self.conductor, self._names)
         self.conductor.on_step_begins = self._begin_step
         if isinstance(self.gradients, ReducedGradients):
             self.conductor.on_backward_enters = partial(_pace, self.gradients)
@@ -186,6 +187,10 @@ class Gemini:
     def flush(self) -> None:
         """Finish steps that are under way, before weights or states are read."""
         self.manager.flush()
+
+    def plan(self) -> dict[str, Any]:
+        """Return what is where now, as JSON values; see `plan_data`."""
+        return self._planner.data(self.placement, self._names, accumulates=self._accumulates)
 
     def readable_weights(self) -> Iterator[nn.Parameter]:
         """Yield parameters as they compute, a chunk at a time; each may be read until the next one is asked for."""

@@ -6,10 +6,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from albireo.memory.budget import ChunkBytes, Trace, Use
 from albireo.memory.placement import Placement, place_automatically, place_for_warmup, place_statically
+from albireo.memory.plan import plan_data
+from albireo.memory.rates import HOPPER
 from albireo.memory.sizes import ChunkSizes
 
 __all__ = ["MemoryLimits", "PlacementPolicy", "Planner"]
@@ -134,6 +136,17 @@ class Planner:
             f"device, states of {on_device} of {len(stepped)}; {placement.device_bytes / gb:.2f} GB there, "
             f"{placement.host_bytes / gb:.2f} GB on the host, {placement.traffic_bytes / gb:.2f} GB moved a step"
         )
+
+    def data(self, placement: Placement, units: Sequence[Sequence[str]], *, accumulates: bool) -> dict[str, Any]:
+        """Return a placement as JSON values; see `plan_data`.
+
+        Args:
+            placement: one of this planner's.
+            units: by chunk, the names of its units.
+            accumulates: it was made for several micro-batches.
+        """
+        chunks = self._bytes(accumulates=accumulates)
+        return plan_data(placement, self._sizes, chunks, units, kind=self.policy.kind, rates=HOPPER)
 
     def scaled(self, trace: Trace, factor: float) -> Trace:
         """Return a trace as it would be for a larger batch.

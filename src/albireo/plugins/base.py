@@ -145,6 +145,14 @@ class Plugin(ABC):
             weights: the first weights of a model whose parameters have no memory; None: they are in the parameters.
         """
 
+    def plan(self, model: ModelWrapper) -> dict[str, Any] | None:
+        """Return what this rank's plugin has decided about memory, as JSON values; None: nothing.
+
+        Args:
+            model: the wrapped model.
+        """
+        return None
+
     def trace_into(self, folder: Path) -> None:
         """Write the timeline of a step into a folder, of what is configured from now on.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -131,6 +131,10 @@ class GeminiPlugin(PartsPlugin):
         self._mem_cap_bytes = mem_cap_bytes
         self._host_cap_bytes = host_cap_bytes
         self._trace_folder = None if trace is None else Path(trace)
+
+    def plan(self, model: ModelWrapper) -> dict[str, Any] | None:
+        """See the base class: where each chunk is, and what that takes; see `albireo.memory.plan`."""
+        return model.gemini.plan() if isinstance(model, _GeminiModel) else None
 
     def trace_into(self, folder: Path) -> None:
         """See the base class."""

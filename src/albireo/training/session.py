@@ -241,6 +241,7 @@ class Session:
             world_size=self.world.world_size,
             total_seconds=time.perf_counter() - self._began_seconds,
             compile_seconds=self.recorder.compile_seconds,
+            plan=self.booster.plugin.plan(self.model),
         )
         summary = summarise(train_rows, eval_rows, facts, self.folder)
         self.folder.write_summary(summary)

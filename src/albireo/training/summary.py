@@ -37,6 +37,7 @@ class RunFacts:
         trained_parameters: how many of the parameters are trained; all if None.
         memory_before: memory with model and optimizer in place, before the first step; None if nobody looked.
         memory_after: memory after the last step; None if nobody looked.
+        plan: what the plugin has decided about memory, as JSON values; None: nothing.
     """
 
     status: Literal["finished", "interrupted"]
@@ -51,6 +52,7 @@ class RunFacts:
     trained_parameters: int | None = None
     memory_before: PeakReading | None = None
     memory_after: PeakReading | None = None
+    plan: Mapping[str, Any] | None = None
 
 
 def summarise(
@@ -106,6 +108,7 @@ def summarise(
         "device_reserved_peak_bytes": 0
         if facts.memory_after is None
         else facts.memory_after.device_reserved_peak_bytes,
+        "plan": None if facts.plan is None else dict(facts.plan),
         "loss_plot_path": folder.loss_plot_path.name,
         **_what_was_written(folder),
     }
