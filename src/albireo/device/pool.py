@@ -152,6 +152,10 @@ class DevicePool(ABC):
         self._spoil(buffer)
         return buffer
 
+    @abstractmethod
+    def make_lane(self) -> CopyLane:
+        """Return one more lane, of whoever asks."""
+
     @property
     def owned_bytes(self) -> int:
         """What the buffers take now."""
@@ -259,6 +263,10 @@ class CudaPool(DevicePool):
         lanes = CudaLane(device, priority=-1), CudaLane(device), CudaLane(device, priority=-1)
         super().__init__(device, lanes, budget_bytes)
 
+    def make_lane(self) -> CopyLane:
+        """Return one more stream."""
+        return CudaLane(self.device)
+
     def _free(self, flat: torch.Tensor) -> None:
         flat.untyped_storage().resize_(0)
 
@@ -282,8 +290,15 @@ class SimulatedPool(DevicePool):
     is_simulated = True
 
     def __init__(self, device: torch.device, budget_bytes: int | None = None) -> None:
-        self._lanes = SimulatedLane(), SimulatedLane(), SimulatedLane()
-        super().__init__(device, self._lanes, budget_bytes)
+        lanes = SimulatedLane(), SimulatedLane(), SimulatedLane()
+        self._lanes = list(lanes)
+        super().__init__(device, lanes, budget_bytes)
+
+    def make_lane(self) -> CopyLane:
+        """Return one more lane, which is asked too before memory is let go of."""
+        lane = SimulatedLane()
+        self._lanes.append(lane)
+        return lane
 
     def _free(self, flat: torch.Tensor) -> None:
         if any(lane.is_pending(flat) for lane in self._lanes):

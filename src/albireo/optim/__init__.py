@@ -1,6 +1,8 @@
 """What turns gradients into new weights: groups, AdamW, the norm, the loss scale, the schedule, and their states."""
 
 from albireo.optim.adam import HybridAdam, adamw
+from albireo.optim.adam_values import AdamValues
+from albireo.optim.fused_step import fused_step
 from albireo.optim.group_state import complete_names, named_groups, restore_named_groups
 from albireo.optim.groups import decay_groups
 from albireo.optim.host_rate import HostAdamRate, measure_host_adam
@@ -13,6 +15,7 @@ from albireo.optim.state import named_state, restore_named_state
 from albireo.optim.wrapper import OptimizerWrapper, ScaledOptimizer
 
 __all__ = [
+    "AdamValues",
     "HostAdamRate",
     "HostStepper",
     "HybridAdam",
@@ -25,6 +28,7 @@ __all__ = [
     "clip_by_norm",
     "complete_names",
     "decay_groups",
+    "fused_step",
     "global_norm",
     "learning_rate_factor",
     "measure_host_adam",

@@ -8,6 +8,7 @@ from collections import deque
 
 import torch
 
+from albireo.optim.fused_step import fused_step
 from albireo.optim.host_library import Form, HostAdamLibrary
 from albireo.optim.host_step import HostStep
 
@@ -118,23 +119,7 @@ class TorchKernel(HostKernel):
     def _step_slice(
         step: HostStep, master: torch.Tensor, gradient: torch.Tensor, part: slice, number: torch.Tensor
     ) -> None:
-        values = step.values
-        fused = torch._fused_adamw_ if values.decoupled else torch._fused_adam_  # what fused=True calls
-        fused(
-            [master],
-            [gradient],
-            [step.exp_avg[part]],
-            [step.exp_avg_sq[part]],
-            [],
-            [number],
-            lr=values.lr,
-            beta1=values.beta1,
-            beta2=values.beta2,
-            weight_decay=values.weight_decay,
-            eps=values.eps,
-            amsgrad=False,
-            maximize=values.maximize,
-        )
+        fused_step(step.values, number, [master], [gradient], [step.exp_avg[part]], [step.exp_avg_sq[part]])
 
 
 class CompiledKernel(HostKernel):

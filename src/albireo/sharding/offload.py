@@ -83,7 +83,7 @@ class GradientOffload:
         norms = norms_of(tensors)
         places = []
         for fragment, gradient in gradients:
-            buffer = self._buffer(bucket, gradient.dtype)
+            buffer = self.buffer(bucket, gradient.dtype)
             places.append(buffer[fragment.cut.offset : fragment.cut.offset + fragment.cut.numel])
         self._lane.follow()
         arrival: Arrival | None = None
@@ -135,6 +135,13 @@ class GradientOffload:
         sent = self._sent.get(fragment)
         return None if sent is None else (sent.host, sent.arrival)
 
+    def buffer(self, bucket: FlatParameters, dtype: torch.dtype) -> torch.Tensor:
+        """Return where a bucket's gradients of a dtype lie on the host, laid out as its partition; 1-D, made if need be."""
+        key = (bucket, dtype)
+        if key not in self._buffers:
+            self._buffers[key] = host_buffer(bucket.layout.partition_numel, dtype, self._device)
+        return self._buffers[key]
+
     def norm_of(self, fragment: Fragment) -> tuple[torch.Tensor, ...]:
         """Return the norm of a gradient that was sent, in parts, on the device; see `albireo.optim.norms_of`."""
         return self._sent[fragment].norm
@@ -154,12 +161,6 @@ class GradientOffload:
             torch.cuda.current_stream(self._device).synchronize()
         for key in [key for key in self._buffers if key[0] is bucket]:
             del self._buffers[key]
-
-    def _buffer(self, bucket: FlatParameters, dtype: torch.dtype) -> torch.Tensor:
-        key = (bucket, dtype)
-        if key not in self._buffers:
-            self._buffers[key] = host_buffer(bucket.layout.partition_numel, dtype, self._device)
-        return self._buffers[key]
 
     def _settle_oldest(self) -> None:
         arrival, size, _ = self._under_way.popleft()
