@@ -53,6 +53,7 @@ class Chunk:
         states_place: where masters and optimizer states are.
         fragments: this rank's parts of parameters.
         resident: its storage is never let go of.
+        streams: its states are on the host, page-locked, and come to the device to be stepped.
         is_current: the storage holds the newest weights of all ranks.
         arrival: what is to be waited for before the storage is read; None: nothing.
         home_arrival: what is to be waited for before the home is read; None: nothing.
@@ -89,6 +90,7 @@ class Chunk:
         self.states_place: States = states
         self.home_place: Home = home
         self.resident = home == "storage"
+        self.streams = False
         self.is_current = False
         self.is_attached = False
         self.arrival: Arrival | None = None
@@ -193,15 +195,18 @@ class Chunk:
             if version_of(parameter) != version:
                 raise written_weight(segment.shape)
 
-    def place(self, states: States, home: Home, optimizer: torch.optim.Optimizer | None) -> None:
+    def place(
+        self, states: States, home: Home, optimizer: torch.optim.Optimizer | None, *, streams: bool = False
+    ) -> None:
         """Move masters, optimizer states and home. What is stepped and what computes keep every bit.
 
         Args:
             states: where masters and states are to be.
             home: where the home is to be.
             optimizer: whose states they are.
+            streams: states that are on the host are to come to the device to be stepped.
         """
-        if (states, home) == (self.states_place, self.home_place):
+        if (states, home, streams) == (self.states_place, self.home_place, self.streams):
             return
         if self.home_arrival is not None:
             self.home_arrival.synchronize()
@@ -210,9 +215,9 @@ class Chunk:
             self._pool.take_back(self.compute)
             # What the other ranks have is not there yet, and this rank's part is written below.
             self.is_current, self.arrival = False, None
-        old_master, moves = self.master, states != self.states_place
+        old_master, moves = self.master, (states, streams) != (self.states_place, self.streams)
         in_storage = self._master_is_home(self.states_place, self.home_place) and self.home_place == "storage"
-        self.states_place, self.home_place = states, home
+        self.states_place, self.home_place, self.streams = states, home, streams
         if moves or in_storage or (self._master_is_home(states, home) and home == "storage"):
             self.master = self._states_buffer(states, home)
             self.master.copy_(old_master)
@@ -264,8 +269,8 @@ class Chunk:
             return self.partition
         if states == "device":
             return self._pool.empty(numel, self._master_dtype).zero_()
-        # Copied to the device only where it is the home; else no page has to be locked.
-        if self._master_is_home(states, home):
+        # Copied to the device only where it is the home, or where it is stepped there; else no page has to be locked.
+        if self._master_is_home(states, home) or self.streams:
             return self._pool.host(numel, self._master_dtype).zero_()
         return torch.zeros(numel, dtype=self._master_dtype)
 

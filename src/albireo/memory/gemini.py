@@ -12,6 +12,7 @@ from torch import nn
 
 from albireo.device.pool import DevicePool
 from albireo.distributed import World
+from albireo.errors import ConfigError
 from albireo.memory.budget import Trace
 from albireo.memory.chunk import Chunk, States
 from albireo.memory.conductor import Conductor
@@ -24,6 +25,7 @@ from albireo.memory.placement import Placement
 from albireo.memory.planner import MemoryLimits, PlacementPolicy, Planner
 from albireo.memory.sizes import ChunkSizes
 from albireo.memory.stats import MemStatsCollector
+from albireo.memory.streamed_steps import StreamedSteps
 from albireo.memory.tensors import StatefulTensorManager, places_of
 from albireo.memory.tracing.tracer import Tracer, TracingSetting
 from albireo.memory.units import Unit, find_units
@@ -123,6 +125,7 @@ class Gemini:
         self._names = [
             [unit.name for unit, order in zip(units, orders, strict=True) if n in order] for n in range(len(plans))
         ]
+        self._may_stream: Callable[[], bool] = lambda: False
         self._tracer: Tracer | None = None
         if setting.tracing is not None:
             self._tracer = Tracer(setting.tracing, setting.pool, self.manager, self.conductor, self._names)
@@ -170,7 +173,15 @@ class Gemini:
             loss_scale=loss_scale,
             max_norm=max_norm,
         )
+        can_stream = make_stepper is not None and self._setting.world.world_size == 1
+        if self._setting.policy.stream_optim_frac and not can_stream:
+            raise ConfigError(
+                "states are streamed on one rank, for Adam and AdamW: leave stream_optim_frac out, or take HybridAdam on one rank"
+            )
+        self._may_stream = lambda: can_stream and wrapped.waits_for_backward
         if make_stepper is not None:
+            largest = max((chunk.layout.partition_numel for chunk in trained), default=0)
+            wrapped.make_streamed_steps = partial(StreamedSteps, optimizer, self._setting.pool, largest=largest)
             wrapped.make_host_steps = lambda: HostSteps(make_stepper(), self._setting.pool.to_device)
         wrapped.before_clip = self._end_backwards
         wrapped.is_settled = lambda: self.is_settled
@@ -248,7 +259,7 @@ class Gemini:
                 self._trace, self._elements = trace, self._watched
 
     def _apply(self, trace: Trace, *, accumulates: bool) -> None:
-        self.placement = self._planner.place(trace, accumulates=accumulates)
+        self.placement = self._planner.place(trace, accumulates=accumulates, may_stream=self._may_stream())
         offload = self.gradients.offload
         for chunk in self.manager.apply(self.placement, self._optimizer):
             self.gradients.recall(chunk)

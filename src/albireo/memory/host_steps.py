@@ -118,6 +118,10 @@ class HostSteps:
             self._is_last = True
             self._seal_if_all_are_fed()
 
+    def is_pending(self, chunk: Chunk) -> bool:
+        """Return True if `wait_for` would block."""
+        return chunk in self._unfinished
+
     def wait_for(self, chunk: Chunk) -> None:
         """Block until a chunk is stepped, if it is to be.
 

@@ -11,6 +11,7 @@ from albireo.distributed import World
 from albireo.memory.chunk import Chunk
 from albireo.memory.conductor import Conductor
 from albireo.memory.host_steps import HostSteps, SentGradient
+from albireo.memory.streamed_steps import StreamedSteps
 from albireo.memory.tensors import StatefulTensorManager
 from albireo.optim import LossScale
 from albireo.sharding import FlatParameters, Fragment, Gradients, ShardedOptimizer
@@ -34,6 +35,8 @@ class GeminiOptimizer(ShardedOptimizer):
     Attributes:
         make_host_steps: makes what steps chunks on the host, beside the next forward, when it is first needed; None:
             torch's own optimizer steps them, within `step`.
+        make_streamed_steps: makes what streams states through the device, likewise; None: nothing is streamed.
+        waits_for_backward: chunks on the host are stepped after backward alone, as far as is known of a step.
         before_clip: called once a step, after its last backward and before anything is done with the gradients.
         is_settled: returns True if chunks stay where they are in this step.
         on_stepped: called when a step has been launched.
@@ -58,6 +61,8 @@ class GeminiOptimizer(ShardedOptimizer):
         self._placed = False
         self._steps_early = False
         self.make_host_steps: Callable[[], HostSteps] | None = None
+        self.make_streamed_steps: Callable[[], StreamedSteps] | None = None
+        self.waits_for_backward = True
         self.before_clip: Callable[[], None] | None = None
         self.is_settled: Callable[[], bool] | None = None
         self.on_stepped: Callable[[], None] | None = None
@@ -70,7 +75,8 @@ class GeminiOptimizer(ShardedOptimizer):
         """
         clips = max_norm > 0 or self._max_norm > 0
         alone = self._world.world_size == 1 and self._loss_scale is None
-        self._steps_early = alone and not clips and self.is_settled is not None and self.is_settled()
+        self.waits_for_backward = not alone or clips
+        self._steps_early = not self.waits_for_backward and self.is_settled is not None and self.is_settled()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the loss's gradients; see the base class. Steps that are still under way are finished first.
@@ -157,14 +163,19 @@ class GeminiOptimizer(ShardedOptimizer):
         if steps is None:
             self._step_where_states_are(host)
         else:
+            streamed = self._streamed_steps() if any(chunk.streams for chunk in host) else None
+            factor = self._gradients.factor
+            with waiting(self._conductor.watch, WorkLabel("norm of gradients")):
+                number = 1.0 if factor is None else float(factor)
             if not steps.is_open:
-                factor = self._gradients.factor
-                with waiting(self._conductor.watch, WorkLabel("norm of gradients")):
-                    number = 1.0 if factor is None else float(factor)
                 steps.open(number, fenced=True)
+            if streamed is not None:
+                streamed.open(number)
             for chunk in host:
                 # What has no gradient of the last micro-batch has not been handed over in backward.
-                if not steps.has(chunk):
+                if streamed is not None and chunk.streams:
+                    self._hand_to_stream(streamed, chunk)
+                elif not steps.has(chunk):
                     self._hand_over(chunk)
             steps.seal()
         self._step_where_states_are([chunk for chunk in self._chunks if chunk.states_place == "device"])
@@ -178,9 +189,21 @@ class GeminiOptimizer(ShardedOptimizer):
             self._manager.host_steps = self.make_host_steps()
         return self._manager.host_steps
 
+    def _streamed_steps(self) -> StreamedSteps | None:
+        """Return what streams states through the device; made when it is first needed."""
+        if self._manager.streamed_steps is None and self.make_streamed_steps is not None:
+            self._manager.streamed_steps = self.make_streamed_steps()
+        return self._manager.streamed_steps
+
+    def _hand_to_stream(self, streamed: StreamedSteps, chunk: Chunk) -> None:
+        offload = self._gradients.offload
+        if offload is not None:
+            streamed.hand_over(chunk, offload.in_flight, offload.buffer, self._manager.stale)
+
     def _hand_over(self, bucket: FlatParameters) -> None:
         steps = self._manager.host_steps
-        if steps is not None and isinstance(bucket, Chunk):
+        # What is streamed waits for the end of backward, where the bus has room.
+        if steps is not None and isinstance(bucket, Chunk) and not bucket.streams:
             steps.hand_over(bucket, self._sent_gradient, self._manager.stale)
 
     def _sent_gradient(self, fragment: Fragment) -> SentGradient | None:

@@ -44,6 +44,7 @@ class Placement:
         device_bytes: the most that is taken on the device at a time, model data or not.
         host_bytes: what is taken on the host.
         traffic_bytes: what crosses the bus in one step, both ways.
+        streamed: chunks whose states are on the host, and come to the device to be stepped.
     """
 
     states_on_device: frozenset[int]
@@ -53,6 +54,7 @@ class Placement:
     device_bytes: int
     host_bytes: int
     traffic_bytes: int
+    streamed: frozenset[int] = frozenset()
 
 
 def place_automatically(

@@ -9,6 +9,7 @@ from albireo.memory.budget import ChunkBytes
 from albireo.memory.placement import Placement
 from albireo.memory.rates import Rates
 from albireo.memory.sizes import ChunkSizes
+from albireo.memory.stepping_places import stepping_seconds
 
 __all__ = ["plan_data"]
 
@@ -32,7 +33,7 @@ def plan_data(
         kind: "auto" or "static".
         rates: what seconds are predicted with.
     """
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "chunk": number,
             "units": list(units[number]),
@@ -45,8 +46,8 @@ def plan_data(
         for number, (size, chunk) in enumerate(zip(sizes, chunks, strict=True))
     ]
     stepped = {
-        place: sum(int(str(row["parameters"])) for row in rows if row["states"] == place)
-        for place in ("device", "host")
+        place: sum(row["parameters"] for row in rows if row["states"] == place)
+        for place in ("device", "host", "streamed")
     }
     return {
         "kind": kind,
@@ -56,12 +57,21 @@ def plan_data(
         "parameters_stepped": stepped,
         "predicted_seconds": {
             "steps_on_device": stepped["device"] / rates.device_steps,
-            "steps_on_host": stepped["host"] / rates.host_steps,
+            # Stepped on the host and streamed, side by side.
+            "steps_beside": stepping_seconds(
+                [row["chunk"] for row in rows if row["states"] in ("host", "streamed")],
+                [row["parameters"] for row in rows],
+                placement.streamed,
+                rates,
+            ),
             # Both ways are used at once, and about evenly.
             "traffic": placement.traffic_bytes / 2 / rates.bus_bytes,
         },
         "rates": {
             "host_parameters_per_second": rates.host_steps,
+            "streamed_parameters_per_second": rates.streamed_steps,
+            "host_parameters_per_second_beside": rates.host_steps_beside,
+            "streamed_parameters_per_second_beside": rates.streamed_steps_beside,
             "device_parameters_per_second": rates.device_steps,
             "bus_bytes_per_second": rates.bus_bytes,
         },
@@ -72,4 +82,6 @@ def plan_data(
 def _states(placement: Placement, number: int, *, trained: bool) -> str | None:
     if not trained:
         return None
+    if number in placement.streamed:
+        return "streamed"
     return "device" if number in placement.states_on_device else "host"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from albireo.memory.budget import ChunkBytes
 from albireo.memory.rates import Rates
 
-__all__ = ["share_of_host", "stepping_seconds", "streamed_by_time"]
+__all__ = ["share_of_host", "stepping_seconds", "streamed_by_time", "streamed_bytes"]
 
 # A ring on the device, and a bus that others use, are not worth less.
 _LEAST_SAVED_SECONDS = 0.02
@@ -57,6 +58,19 @@ def streamed_by_time(order: Sequence[int], parameters: Sequence[int], rates: Rat
     alone = stepping_seconds(order, parameters, frozenset(), rates)
     saved = alone - stepping_seconds(order, parameters, chosen, rates)
     return chosen if saved >= max(_LEAST_SAVED_SECONDS, _LEAST_SAVED_SHARE * alone) else frozenset()
+
+
+def streamed_bytes(chunk: ChunkBytes, *, resident: bool, masters_at_home: bool) -> int:
+    """Return what crosses the bus more in a step, both ways, if a chunk is streamed instead of stepped on the host.
+
+    Args:
+        chunk: the bytes of its parts.
+        resident: its new weights would have to come to the device.
+        masters_at_home: what computes is fp32, so that the home has the masters.
+    """
+    states = 2 * (chunk.states + (chunk.shard if masters_at_home else 0))
+    # The gradient comes back; new weights go home, if they do not with the masters, and do not come in from there.
+    return states + chunk.shard + (0 if masters_at_home else chunk.shard) - (chunk.shard if resident else 0)
 
 
 def share_of_host(order: Sequence[int], parameters: Sequence[int], share: float) -> frozenset[int]:

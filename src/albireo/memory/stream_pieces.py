@@ -1,4 +1,4 @@
-"""How a chunk's partition is cut into pieces that fit a slot. Pure."""
+"""The ring through which states are streamed, and how a chunk's partition is cut into pieces for it. Pure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,36 @@ from dataclasses import dataclass
 
 from albireo.sharding import Cut
 
-__all__ = ["PIECE_STEP", "Part", "Piece", "pieces_of"]
+__all__ = ["PIECE_STEP", "SLOTS", "Part", "Piece", "pieces_of", "ring_bytes", "slot_elements"]
 
 # Elements. A tensor is cut at multiples of this from its start alone, so that no part but its last has a tail: torch's
 # kernel takes so many at a time, and computes tails by other instructions.
 PIECE_STEP = 64 * 1024
+
+# Elements of a slot: large enough for the bus's full pace, small enough that a ring takes little.
+_SLOT_ELEMENTS = 8 * 2**20
+# One is filled, one is stepped, one is emptied.
+SLOTS = 3
+# Masters, two moments and the gradient in fp32; the gradient, and later the new weight, in 16 bits.
+_SLOT_BYTES = 18
+
+
+def slot_elements(largest: int) -> int:
+    """Return the elements of a slot.
+
+    Args:
+        largest: elements of the largest partition that is streamed.
+    """
+    return max(PIECE_STEP, min(_SLOT_ELEMENTS, largest))
+
+
+def ring_bytes(largest: int) -> int:
+    """Return what the ring takes on the device.
+
+    Args:
+        largest: elements of the largest partition that is streamed.
+    """
+    return SLOTS * _SLOT_BYTES * slot_elements(largest)
 
 
 @dataclass(frozen=True)

@@ -13,38 +13,14 @@ from albireo.device.pool import DevicePool
 from albireo.device.watch import WaitWatch, WorkLabel, waiting
 from albireo.memory.chunk import Chunk
 from albireo.memory.host_steps import SentGradient
-from albireo.memory.stream_pieces import PIECE_STEP, Piece, pieces_of
+from albireo.memory.stream_pieces import SLOTS, Piece, pieces_of, slot_elements
 from albireo.optim import AdamValues, fused_step
 from albireo.sharding import Fragment
 
-__all__ = ["StreamedSteps", "ring_bytes", "slot_elements"]
+__all__ = ["StreamedSteps"]
 
-# Elements of a slot: large enough for the bus's full pace, small enough that a ring takes little.
-_SLOT_ELEMENTS = 8 * 2**20
-# One is filled, one is stepped, one is emptied.
-_SLOTS = 3
-# Masters, two moments and the gradient in fp32; the gradient, and later the new weight, in 16 bits.
-_SLOT_BYTES = 18
 # Chunks that are enqueued at a time. All at once would keep the loop from launching the next forward.
 _AHEAD = 2
-
-
-def slot_elements(largest: int) -> int:
-    """Return the elements of a slot.
-
-    Args:
-        largest: elements of the largest partition that is streamed.
-    """
-    return max(PIECE_STEP, min(_SLOT_ELEMENTS, largest))
-
-
-def ring_bytes(largest: int) -> int:
-    """Return what the ring takes on the device.
-
-    Args:
-        largest: elements of the largest partition that is streamed.
-    """
-    return _SLOTS * _SLOT_BYTES * slot_elements(largest)
 
 
 class _Slot:
@@ -109,7 +85,7 @@ class StreamedSteps:
         self._optimizer = optimizer
         self._pool = pool
         self._elements = slot_elements(largest)
-        self._slots = deque(_Slot(pool, self._elements) for _ in range(_SLOTS))
+        self._slots = deque(_Slot(pool, self._elements) for _ in range(SLOTS))
         self._in, self._step_lane, self._out = pool.make_lane(), pool.make_lane(), pool.make_lane()
         # The ring's memory may have been another's, whose kernels are not done.
         self._in.follow()

@@ -13,6 +13,7 @@ from albireo.distributed.collectives import all_gather_into
 from albireo.memory.chunk import Chunk, Home, States
 from albireo.memory.host_steps import HostSteps
 from albireo.memory.placement import Placement
+from albireo.memory.streamed_steps import StreamedSteps
 from albireo.memory.tracing.recorder import Recorder
 
 __all__ = ["StatefulTensorManager", "places_of"]
@@ -30,6 +31,7 @@ class StatefulTensorManager:
     Attributes:
         chunks: the same.
         host_steps: what steps chunks on the host beside the rest; None: nothing does.
+        streamed_steps: what streams states through the device; None: nothing does.
         half_stepped: a step failed when some weights had been stepped and others not: from then on they cannot be used.
         before_change: called before the memory that chunks take on the device changes.
         watch: is told when chunks come and go; None: nobody looks.
@@ -38,6 +40,7 @@ class StatefulTensorManager:
     def __init__(self, chunks: Sequence[Chunk], pool: DevicePool) -> None:
         self.chunks = tuple(chunks)
         self.host_steps: HostSteps | None = None
+        self.streamed_steps: StreamedSteps | None = None
         self.half_stepped = False
         self.before_change: Callable[[], None] | None = None
         self.watch: Recorder | None = None
@@ -57,12 +60,26 @@ class StatefulTensorManager:
             Exception: what stopped the host stepper.
         """
         self._refuse_half_steps()
+        if self.streamed_steps is not None:
+            self._feed(self.streamed_steps, chunk)
         if chunk.is_current:
             return
         if self.host_steps is not None:
             # Raises what stopped the stepper. A chunk that is here has been filled by it.
             self.host_steps.wait_for(chunk)
         self._begin_old(chunk)
+
+    def _feed(self, streamed: StreamedSteps, chunk: Chunk) -> None:
+        """Have steps enqueued that are to be: those that this chunk waits for, and what keeps the pipeline busy."""
+        try:
+            streamed.wait_for(chunk)
+            streamed.pump()
+            if self.host_steps is not None and self.host_steps.is_pending(chunk):
+                # The host is about to block.
+                streamed.enqueue_all()
+        except BaseException:
+            self.half_stepped = True
+            raise
 
     def _begin_old(self, chunk: Chunk) -> None:
         if chunk.is_current:
@@ -124,7 +141,11 @@ class StatefulTensorManager:
         """
         self._refuse_half_steps()
         if self.host_steps is not None:
+            if self.streamed_steps is not None:
+                self.streamed_steps.enqueue_all()
             self.host_steps.flush()
+        if self.streamed_steps is not None:
+            self.streamed_steps.flush()
         for chunk in self.chunks:
             self._wait_for_home(chunk)
             if chunk.resident and chunk.ranks == 1:
@@ -160,12 +181,18 @@ class StatefulTensorManager:
                 came.append(chunk)
             chunk.resident = resident
             self._changes()
-            chunk.place(states, home, optimizer)
+            streams = chunk.number in placement.streamed
+            if chunk.streams and not streams and self.streamed_steps is not None:
+                self.streamed_steps.forget(chunk)
+            chunk.place(states, home, optimizer, streams=streams)
             if resident:
                 # The host stepper writes into it.
                 self._pool.take_back(chunk.compute)
             else:
                 self.drop(chunk)
+        if not placement.streamed:
+            # With its ring.
+            self.streamed_steps = None
         return came
 
     def _published(self, chunk: Chunk) -> None:

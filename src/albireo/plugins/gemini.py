@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -78,6 +79,8 @@ class GeminiPlugin(PartsPlugin):
         max_scale: it never grows beyond this.
         trace: a folder, which gets the timeline of one step, once nothing is decided any more, as a picture and as JSON; None:
             nothing is traced.
+        stream_optim_frac: of the optimizer states that are in host memory, the share that comes to the device to be stepped
+            there, and goes back; None: with "auto" as much as makes steps quicker that wait for the gradient's norm, else none.
 
     Raises:
         ConfigError: an option has no such value.
@@ -109,6 +112,7 @@ class GeminiPlugin(PartsPlugin):
         hysteresis: int = 2,
         max_scale: float = 2.0**32,
         trace: str | Path | None = None,
+        stream_optim_frac: float | None = None,
     ) -> None:
         if not master_weights:
             raise ConfigError("fp32 weights are always kept: leave master_weights=True")
@@ -123,6 +127,10 @@ class GeminiPlugin(PartsPlugin):
                 raise ConfigError(f"{what} is more than 0, or None for no cap, not {cap}")
         self.take_precision(precision, default="fp16")
         self._policy = _policy(placement_policy, shard_param_frac, offload_optim_frac, offload_param_frac, max_prefetch)
+        if stream_optim_frac is not None:
+            if not 0 <= stream_optim_frac <= 1:
+                raise ConfigError(f"stream_optim_frac is a share from 0 to 1, not {stream_optim_frac:g}")
+            self._policy = dataclasses.replace(self._policy, stream_optim_frac=stream_optim_frac)
         self._scale = LossScalePolicy(
             initial_scale, min_scale, max_scale, growth_factor, backoff_factor, growth_interval, hysteresis
         )

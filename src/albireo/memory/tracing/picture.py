@@ -22,6 +22,9 @@ _COLOUR_OF = {
     "weights home": "#CC79A7",
     "gradient out": "#009E73",
     "host step": "#D55E00",
+    "states in": "#F0E442",
+    "streamed step": "#0072B2",
+    "states out": "#56B4E9",
     "norm of gradients": "#555555",
 }
 _OTHER, _DEVICE, _HOST = "#555555", "#0072B2", "#CC79A7"

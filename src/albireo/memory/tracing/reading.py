@@ -18,6 +18,8 @@ _LANE_OF = {
     "weights home": "to host",
     "gradient out": "to host",
     "host step": "host step",
+    # The pipeline's pace is that of the bus.
+    "streamed step": "stream in",
 }
 
 

@@ -27,7 +27,7 @@ class ChunkFacts:
         units: the names of the units whose parameters it has; the root's is empty.
         weight_bytes: what its storage takes.
         resident: its weights never leave the device.
-        states: where it is stepped; None: nowhere.
+        states: where they are: "device", "host", or "streamed" from the host to the device and back; None: nothing steps it.
     """
 
     number: int
@@ -59,8 +59,8 @@ class Work:
     """Something that runs beside the computing.
 
     Attributes:
-        lane: where: "to device", "to host", "gather" or "host step".
-        kind: what: "weights in", "weights home", "gradient out" or "host step".
+        lane: where: "to device", "to host", "gather", "host step", or "stream in", "stream step" and "stream out".
+        kind: what: "weights in", "weights home", "gradient out", "host step", "states in", "streamed step" or "states out".
         chunk: whose; None: nobody's in particular.
         size_bytes: what it moves.
         begin_seconds: since the step began; less than 0 for what began in the step before.

@@ -116,6 +116,11 @@ class Tracer:
         self._manager.watch = self._conductor.watch = recorder
         if self._manager.host_steps is not None:
             self._manager.host_steps.watch = recorder
+        streamed = self._manager.streamed_steps
+        if streamed is not None:
+            streamed.watch = recorder
+            for name, lane in zip(("stream in", "stream step", "stream out"), streamed.lanes, strict=True):
+                lane.watch = None if recorder is None else recorder.lane(name)
 
     def _memory(self) -> tuple[int, int, int]:
         if self._pool.is_simulated:
@@ -217,5 +222,5 @@ def _number(owner: object) -> int | None:
 
 
 def _facts(chunk: Chunk, units: tuple[str, ...]) -> ChunkFacts:
-    states = chunk.states_place if chunk.trained else None
+    states = ("streamed" if chunk.streams else chunk.states_place) if chunk.trained else None
     return ChunkFacts(chunk.number, units, chunk.weight_bytes, chunk.resident, states)
