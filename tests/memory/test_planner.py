@@ -10,6 +10,7 @@ import torch
 
 from albireo.errors import OutOfMemoryError
 from albireo.memory.budget import Use
+from albireo.memory.placement import least_device_bytes
 from albireo.memory.planner import MemoryLimits, PlacementPolicy, Planner
 from albireo.memory.sizes import ChunkSizes
 
@@ -130,7 +131,7 @@ def test_a_plan_as_data_says_what_is_where_and_how_long_it_takes() -> None:
     assert [row["state_bytes"] for row in data["chunks"]] == [8 * MB] + [16 * MB] * 4
     stepped = data["parameters_stepped"]
     assert 0 < stepped["host"] < sum(stepped.values()) == 9 * MB
-    assert data["predicted_seconds"]["steps_on_host"] == stepped["host"] / data["rates"]["host_parameters_per_second"]
+    assert data["predicted_seconds"]["steps_beside"] == stepped["host"] / data["rates"]["host_parameters_per_second"]
     assert data["predicted_seconds"]["traffic"] == pytest.approx(
         placement.traffic_bytes / 2 / data["rates"]["bus_bytes_per_second"]
     )
@@ -141,4 +142,62 @@ def test_a_plan_as_data_says_of_frozen_chunks_that_nothing_steps_them() -> None:
     made = planner(sizes=frozen)
     data = made.data(made.place(TRACE, accumulates=False), [[]] * 5, accumulates=False)
     assert [row["states"] for row in data["chunks"]] == [None] * 5
-    assert data["parameters_stepped"] == {"device": 0, "host": 0}
+    assert data["parameters_stepped"] == {"device": 0, "host": 0, "streamed": 0}
+
+
+def large(device_gb: float | None, **policy: object) -> Planner:
+    """Return a planner of 2.6 G parameters in bf16, in 64 chunks and a root."""
+    sizes = [ChunkSizes(128 * MB, 1, torch.bfloat16, trained=True, is_root=True)]
+    sizes += [ChunkSizes(38 * MB, 1, torch.bfloat16, trained=True, is_root=False) for _ in range(64)]
+    limit = None if device_gb is None else int(device_gb * 2**30)
+    orders = [[number] for number in range(1, 65)] + [[0]]
+    return Planner(sizes, orders, PlacementPolicy(**policy), MemoryLimits(limit, None))  # type: ignore[arg-type]
+
+
+def test_states_are_streamed_where_steps_wait_for_backward_and_the_device_lacks_room() -> None:
+    made = large(16)
+    trace = made._expected()
+    plain = made.place(trace, accumulates=False)
+    placement = made.place(trace, accumulates=False, may_stream=True)
+    assert plain.streamed == frozenset()
+    on_host = set(range(65)) - placement.states_on_device
+    assert placement.streamed < on_host
+    # The ring's room is taken from states.
+    assert len(placement.states_on_device) <= len(plain.states_on_device)
+    assert placement.device_bytes <= 16 * 2**30
+    assert placement.traffic_bytes > plain.traffic_bytes
+    assert "more come to be stepped" in made.describe(placement)
+    assert "more come" not in made.describe(plain)
+    data = made.data(placement, [[]] * 65, accumulates=False)
+    before = made.data(plain, [[]] * 65, accumulates=False)
+    assert data["parameters_stepped"]["streamed"] > 0
+    assert data["predicted_seconds"]["steps_beside"] < 0.9 * before["predicted_seconds"]["steps_beside"]
+
+
+@pytest.mark.parametrize(
+    ("device_gb", "policy"), [(None, {}), (60, {}), (16, {"kind": "static", "offload_optim_frac": 1.0})]
+)
+def test_where_all_fits_or_shares_are_given_nothing_is_streamed_by_itself(
+    device_gb: float | None, policy: dict[str, object]
+) -> None:
+    made = large(device_gb, **policy)
+    assert made.place(made._expected(), accumulates=False, may_stream=True).streamed == frozenset()
+
+
+def test_a_ring_that_does_not_fit_is_done_without() -> None:
+    made = large(None)
+    trace = made._expected()
+    # What the weights in use take, and a little.
+    least = large(least_device_bytes(trace, made._bytes(accumulates=False)) / 2**30 + 0.1)
+    assert least.place(trace, accumulates=False, may_stream=True).streamed == frozenset()
+    with pytest.raises(OutOfMemoryError, match="--mem-cap"):
+        large(least.limits.device / 2**30, stream_optim_frac=0.5).place(trace, accumulates=False)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_what_is_on_the_host_is_streamed(share: float) -> None:
+    made = large(None, kind="static", offload_optim_frac=0.8, stream_optim_frac=share)
+    placement = made.place(made._expected(), accumulates=False)
+    on_host = set(range(65)) - placement.states_on_device
+    assert placement.streamed <= on_host
+    assert abs(len(placement.streamed) - share * len(on_host)) <= 1

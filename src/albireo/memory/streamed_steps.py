@@ -79,6 +79,7 @@ class StreamedSteps:
     Attributes:
         lanes: in, step and out.
         watch: is told what waits; None: nobody looks.
+        has_failed: some weights are stepped and others not.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, pool: DevicePool, *, largest: int) -> None:
@@ -90,6 +91,7 @@ class StreamedSteps:
         # The ring's memory may have been another's, whose kernels are not done.
         self._in.follow()
         self.watch: WaitWatch | None = None
+        self.has_failed = False
         self._moments: dict[Chunk, tuple[torch.Tensor, torch.Tensor]] = {}
         self._values: dict[torch.Tensor, AdamValues] = {}
         self._factor = 1.0
@@ -200,6 +202,13 @@ class StreamedSteps:
         return self._values[fragment.master], float(count)
 
     def _enqueue(self, job: _Job) -> None:
+        try:
+            self._enqueue_pieces(job)
+        except BaseException:
+            self.has_failed = True
+            raise
+
+    def _enqueue_pieces(self, job: _Job) -> None:
         chunk = job.chunk
         cuts = [fragment.cut for fragment in chunk.fragments]
         stepped: Arrival | None = None
@@ -234,8 +243,12 @@ class StreamedSteps:
         )
 
         def step() -> None:
-            arrived.wait()
-            _step(slot, job, piece)
+            try:
+                arrived.wait()
+                _step(slot, job, piece)
+            except BaseException:
+                self.has_failed = True
+                raise
 
         stepped = self._step_lane.run(step, WorkLabel("streamed step", chunk))
         leaving = list(zip(homes, (state[:numel] for state in slot.states), strict=True))

@@ -71,15 +71,11 @@ class StatefulTensorManager:
 
     def _feed(self, streamed: StreamedSteps, chunk: Chunk) -> None:
         """Have steps enqueued that are to be: those that this chunk waits for, and what keeps the pipeline busy."""
-        try:
-            streamed.wait_for(chunk)
-            streamed.pump()
-            if self.host_steps is not None and self.host_steps.is_pending(chunk):
-                # The host is about to block.
-                streamed.enqueue_all()
-        except BaseException:
-            self.half_stepped = True
-            raise
+        streamed.wait_for(chunk)
+        streamed.pump()
+        if self.host_steps is not None and self.host_steps.is_pending(chunk):
+            # The host is about to block.
+            streamed.enqueue_all()
 
     def _begin_old(self, chunk: Chunk) -> None:
         if chunk.is_current:
@@ -152,7 +148,7 @@ class StatefulTensorManager:
                 self.use(chunk)
 
     def _refuse_half_steps(self) -> None:
-        if self.half_stepped:
+        if self.half_stepped or (self.streamed_steps is not None and self.streamed_steps.has_failed):
             raise RuntimeError(
                 "a step failed when some weights had been stepped and others not, so this model and optimizer cannot be used "
                 "any more: boost again, and load a checkpoint"
