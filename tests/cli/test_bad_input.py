@@ -200,6 +200,10 @@ FLAGS = [
     Wrong("no prefetch of another", "--plugin torch_fsdp --prefetch 0", ("--prefetch is for --plugin gemini",)),
     Wrong("no share of another", "--offload-param-frac 0", ("--offload-param-frac is for --plugin gemini",)),
     Wrong("room on the host of another", "--host-cap 4", ("--host-cap is for --plugin gemini", "leave it out")),
+    Wrong("stream of another", "--stream-optim-frac 1", ("--stream-optim-frac is for --plugin gemini", "leave it out")),
+    Wrong(
+        "stream of more than all", "--plugin gemini --stream-optim-frac 1.5", ("--stream-optim-frac must be at most 1",)
+    ),
     Wrong("trace of another", "--trace", ("--trace is for --plugin gemini", "leave it out")),
     Wrong("too short to be traced", "--plugin gemini --trace --steps 3", ("--trace", "step 4", "3 to do", "--steps")),
     Wrong("stage of chunks", "--plugin gemini --zero-stage 2", ("--plugin gemini has no stages", "leave it out")),

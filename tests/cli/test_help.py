@@ -30,7 +30,10 @@ BESIDE = {
     "text_field": ["--data", "a/b"],
     "zero_stage": ["--plugin", "low_level_zero"],
     "cpu_offload": ["--plugin", "low_level_zero"],
-    **{key: ["--plugin", "gemini"] for key in ("placement", "prefetch", "host_cap", "mem_cap", "trace")},
+    **{
+        key: ["--plugin", "gemini"]
+        for key in ("placement", "prefetch", "host_cap", "mem_cap", "trace", "stream_optim_frac")
+    },
     **{key: ["--plugin", "gemini", "--placement", "static"] for key in SHARES},
     **{key: ["--adapter", "lora"] for key in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")},
     "max_malformed": ["--data", "a/b"],

@@ -28,6 +28,7 @@ PLUGIN_OPTIONS: Mapping[str, str] = MappingProxyType(
         "offload_optim_frac": "gemini",
         "offload_param_frac": "gemini",
         "shard_param_frac": "gemini",
+        "stream_optim_frac": "gemini",
         "prefetch": "gemini",
         "host_cap": "gemini",
         "trace": "gemini",
@@ -107,6 +108,13 @@ class PluginConfig:
     )
     shard_param_frac: float | None = option(
         None, "gemini, several ranks: share of weights of which a rank keeps its part alone.", minimum=0, maximum=1
+    )
+    stream_optim_frac: float | None = option(
+        None,
+        "gemini: of the optimizer states in host memory, the share that comes to the GPU to be stepped there, and goes back. "
+        "Default: with auto, where steps wait for the gradient's norm, as much as makes them quicker; else none.",
+        minimum=0,
+        maximum=1,
     )
     prefetch: int | None = option(
         None, "gemini: how many blocks ahead weights are fetched. Default: 2.", minimum=0, maximum=1000

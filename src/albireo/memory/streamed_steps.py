@@ -184,8 +184,9 @@ class StreamedSteps:
         """Count a fragment's step, and see that its moments lie in the chunk's page-locked memory."""
         if chunk not in self._moments:
             numel = chunk.layout.partition_numel
-            first, second = (self._pool.host(numel, torch.float32).zero_() for _ in range(2))
-            self._moments[chunk] = first, second
+            # One block: small ones may share a page, which can be locked once only.
+            both = self._pool.host(2 * numel, torch.float32).zero_()
+            self._moments[chunk] = both[:numel], both[numel:]
         run = slice(fragment.cut.offset, fragment.cut.offset + fragment.cut.numel)
         state = self._optimizer.state[fragment.master]
         if not state:

@@ -36,6 +36,7 @@ def _gemini(config: PluginConfig) -> Plugin:
         shard_param_frac=config.shard_param_frac,
         offload_optim_frac=config.offload_optim_frac,
         offload_param_frac=config.offload_param_frac,
+        stream_optim_frac=config.stream_optim_frac,
         precision=config.precision or "fp32",
         max_prefetch=2 if config.prefetch is None else config.prefetch,
         mem_cap_bytes=int(config.mem_cap * 2**30) or None,

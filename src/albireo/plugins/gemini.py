@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,10 @@ class _GeminiModel(ShardedModel):
     def __init__(self, module: nn.Module, original: nn.Module, gemini: Gemini, world: World) -> None:
         super().__init__(module, original, gemini.chunks, gemini.gradients, world, flushes=gemini)
         self.gemini = gemini
+
+    def streamed_parameters(self) -> Iterable[nn.Parameter]:
+        """See the base class."""
+        return [parameter for chunk in self.gemini.chunks if chunk.streams for parameter in chunk.parameters]
 
 
 class GeminiPlugin(PartsPlugin):

@@ -84,15 +84,17 @@ class RankRecord:
         """Return what this rank steps: of each parameter that has states, by its name, runs of elements.
 
         Returns:
-            For each run the type of the device that its states are on, its first element, and one past its last.
+            For each run the type of the device that steps it, its first element, and one past its last.
         """
+        # Stepped where they compute, wherever their states are.
+        streamed = {self._parameters.get(p): p.device.type for p in self._model.streamed_parameters()}
         found: dict[str, list[tuple[str, int, int]]] = {}
         for part, side in self.slices.get("after", ()):
             kind, _, rest = part.name.partition("/")
             state, _, name = rest.partition("/")
             # The count of steps is on the host for kernels that do not count themselves.
             if kind == "optimizer" and state != "step":
-                piece = (side, part.start, part.stop)
+                piece = (streamed.get(name, side), part.start, part.stop)
                 if piece not in found.setdefault(name, []):
                     found[name].append(piece)
         return found
