@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from albireo.adapters.lora import lora_config_in
 from albireo.adapters.names import adapter_part, own_names, peft_name
 from albireo.errors import ModelError
 
@@ -31,7 +32,8 @@ def save_adapter(weights: Mapping[str, torch.Tensor], config: LoraConfig, folder
         folder: which exists.
         base: what it stands beside: a hub id or a folder; None if that is none that others could load.
     """
-    tensors = {peft_name(name): tensor.contiguous() for name, tensor in adapter_part(weights).items()}
+    heads = config.modules_to_save or ()
+    tensors = {peft_name(name): tensor.contiguous() for name, tensor in adapter_part(weights, heads).items()}
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     before = config.base_model_name_or_path, config.inference_mode
     # As peft writes it: whoever loads it does not train unless he says so.
@@ -58,7 +60,8 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
     names, _ = own_names(model)
-    wanted = {peft_name(name): tensor for name, tensor in adapter_part({n: t for t, n in names.items()}).items()}
+    heads = lora_config_in(model).modules_to_save or ()
+    wanted = {peft_name(name): tensor for name, tensor in adapter_part({n: t for t, n in names.items()}, heads).items()}
     for name in sorted({*found, *wanted}):
         if name not in found or name not in wanted or found[name].shape != wanted[name].shape:
             raise ModelError(f"{path} is another adapter's: {name} is missing, too much, or of another shape")

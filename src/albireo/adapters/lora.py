@@ -42,6 +42,7 @@ class LoraPlan:
         dropout: the probability with which an adapter's inputs are dropped.
         targets: names, or last parts of names, of the modules that get one.
         base: how the frozen layers are quantised; None: they are not.
+        head: a layer that is trained as it is, beside the adapter, such as one for new classes; "": none.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class LoraPlan:
     dropout: float
     targets: tuple[str, ...]
     base: Code | None = None
+    head: str = ""
 
     def describe(self) -> str:
         """Return it in words that differ wherever the adapter does."""
@@ -79,6 +81,10 @@ def attach_lora(model: nn.Module, plan: LoraPlan, *, seed: int) -> LoraConfig:
         # peft draws first weights too, which are not kept.
         warnings.simplefilter("ignore")
         peft.inject_adapter_in_model(config, model)
+    if plan.head:
+        model.get_submodule(plan.head).requires_grad_(requires_grad=True)
+        # As peft's files have it: it is saved with the adapter, and loaded with it.
+        config.modules_to_save = [plan.head]
     with torch.no_grad():
         for name, parameter in list(model.named_parameters()):
             if parameter.is_meta and (".lora_A." in name or ".lora_B." in name):
@@ -102,13 +108,15 @@ def lora_config_of(model: nn.Module, plan: LoraPlan) -> LoraConfig:
     Raises:
         ConfigError: peft is not installed, or a target is no module that can have an adapter.
     """
+    if plan.head in plan.targets:
+        raise ConfigError(f"--lora-targets: {plan.head} is trained as it is, and needs no adapter: leave it out")
     targets = check_targets(model, plan.targets)
     # transformers' Conv1D keeps its weight as [in, out].
     transposed = {type(module).__name__ == "Conv1D" for _, module in targets}
     if len(transposed) > 1:
         raise ConfigError("--lora-targets names layers of two kinds, nn.Linear and Conv1D: give those of one kind")
     config: LoraConfig = require_peft().LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=None if plan.head else "CAUSAL_LM",
         r=plan.rank,
         lora_alpha=plan.alpha,
         lora_dropout=plan.dropout,
@@ -160,7 +168,8 @@ def count_lora(model: nn.Module, plan: LoraPlan) -> int:
         ConfigError: a target is no module that can have an adapter.
     """
     modules = dict(check_targets(model, plan.targets))
-    return sum(plan.rank * sum(module.get_parameter("weight").shape) for module in modules.values())
+    head = sum(p.numel() for p in model.get_submodule(plan.head).parameters()) if plan.head else 0
+    return head + sum(plan.rank * sum(module.get_parameter("weight").shape) for module in modules.values())
 
 
 def has_lora(model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -49,10 +49,15 @@ def peft_name(name: str) -> str:
     return _PREFIX + name
 
 
-def adapter_part(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def adapter_part(weights: Mapping[str, torch.Tensor], heads: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """Return an adapter's tensors alone.
 
     Args:
         weights: of a whole model, by `own_name`.
+        heads: layers that were trained as they are, and belong to it.
     """
-    return {name: tensor for name, tensor in weights.items() if ".lora_A." in name or ".lora_B." in name}
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if ".lora_A." in name or ".lora_B." in name or name.rpartition(".")[0] in heads
+    }

@@ -135,7 +135,7 @@ def attach_adapter(model: nn.Module, plan: LoraPlan, *, seed: int) -> list[Quant
         ConfigError: peft is not installed, or a target is no module that can have an adapter.
     """
     attach_lora(model, plan, seed=seed)
-    return [] if plan.base is None else quantise_base(model, plan.base)
+    return [] if plan.base is None else quantise_base(model, plan.base, skip=[plan.head] if plan.head else [])
 
 
 def quantise_base(model: nn.Module, code: Code, *, skip: Collection[str] = ()) -> list[QuantisedLayer]:

@@ -52,6 +52,16 @@ Examples:
   albireo generate --run runs/mine --instruction "Name three colours."
 """,
         ),
+        "vit": _Words(
+            "Fine-tune a Vision Transformer on pictures, so that it tells their classes apart.",
+            """
+Examples:
+  albireo train vit --model tiny                        a small model on pictures that are made up
+  albireo train vit --data pictures/                    ViT-B/16 on pictures/CLASS/*.jpg, or pictures/{train,test}/CLASS/*.jpg
+  albireo train vit --data AI-Lab-Makerere/beans --adapter lora
+  albireo classify --run runs/mine a.jpg b.png          what a run takes pictures for
+""",
+        ),
     }
 )
 

@@ -61,6 +61,15 @@ Examples:
 """
             + _CODES,
         ),
+        "vit": _Words(
+            "Train a ViT model on pictures for a few steps, and judge each against plain PyTorch in one process.",
+            """
+Examples:
+  albireo verify vit --model tiny                                three steps of `albireo train vit --model tiny`
+  albireo verify vit --data pictures/ --gpus 2 --plugin gemini
+"""
+            + _CODES,
+        ),
     }
 )
 

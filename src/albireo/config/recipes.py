@@ -20,28 +20,21 @@ __all__ = [
     "Gpt2ModelConfig",
     "InstructionConfig",
     "LanguageDataConfig",
+    "LanguageModelConfig",
     "ModelConfig",
+    "PictureConfig",
+    "PictureModelConfig",
     "TextConfig",
 ]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What is trained: what every recipe has, and OPT's sizes."""
+    """What is trained: what every recipe has."""
 
-    model: str = option(
-        "tiny",
-        "A size (tiny, 125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b, 175b), a Hugging Face folder, or a hub id.",
-        metavar="NAME",
-    )
+    model: str = option("tiny", "A size, a Hugging Face folder, or a hub id.", metavar="NAME")
     init: Literal["pretrained", "random"] | None = option(
         None, "Where the weights come from. Default: random for tiny, pretrained otherwise."
-    )
-    tokenizer: str | None = option(
-        None,
-        "A folder (tokenizer.json, or vocab.json and merges.txt) or a hub id. Default: the model's own; for random "
-        "weights, one trained on the data.",
-        metavar="PATH",
     )
     dropout: float = option(0.0, "Dropout of the hidden states.", minimum=0.0, maximum=0.95)
     checkpointing: bool = option(
@@ -52,6 +45,33 @@ class ModelConfig:
     def is_tiny(self) -> bool:
         """The small model of its recipe, which has defaults of its own."""
         return self.model == "tiny"
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Options that may be paths, and are made absolute."""
+        return ()
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig(ModelConfig):
+    """What language models have besides, and OPT's sizes."""
+
+    model: str = option(
+        "tiny",
+        "A size (tiny, 125m, 350m, 1.3b, 2.7b, 6.7b, 13b, 30b, 66b, 175b), a Hugging Face folder, or a hub id.",
+        metavar="NAME",
+    )
+    tokenizer: str | None = option(
+        None,
+        "A folder (tokenizer.json, or vocab.json and merges.txt) or a hub id. Default: the model's own; for random "
+        "weights, one trained on the data.",
+        metavar="PATH",
+    )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """See the base class."""
+        return ("tokenizer",)
 
 
 @dataclass(frozen=True)
@@ -118,7 +138,7 @@ class LanguageDataConfig(DataConfig):
 
     def check(self, model: ModelConfig) -> None:
         """See the base class."""
-        if self.data == "random" and model.tokenizer is not None:
+        if self.data == "random" and isinstance(model, LanguageModelConfig) and model.tokenizer is not None:
             raise ConfigError(
                 "--data random is made of ids, not of text, and needs no --tokenizer: leave one of them out"
             )
@@ -154,7 +174,7 @@ class TextConfig(LanguageDataConfig):
 
 
 @dataclass(frozen=True)
-class Gpt2ModelConfig(ModelConfig):
+class Gpt2ModelConfig(LanguageModelConfig):
     """What the recipe gpt2 trains."""
 
     model: str = option(
@@ -230,10 +250,66 @@ class InstructionConfig(LanguageDataConfig):
             )
 
 
+@dataclass(frozen=True)
+class PictureModelConfig(ModelConfig):
+    """What the recipe vit trains."""
+
+    model: str = option(
+        "base",
+        "A size (tiny, small, base, large), a Hugging Face folder, or a hub id.",
+        metavar="NAME",
+    )
+
+
+@dataclass(frozen=True)
+class PictureConfig(DataConfig):
+    """Pictures for the recipe vit, each of one class."""
+
+    data: str = option(
+        "synthetic",
+        "A folder with a folder of pictures for each class, or with train and test folders of such; a hub data set such as "
+        "AI-Lab-Makerere/beans; synthetic; or random (uniform noise, for measuring).",
+        metavar="NAME",
+    )
+    holdout: float = option(
+        0.1,
+        "The share of pictures held out for evaluation, where the data has no test or validation part of its own.",
+        minimum=0.0,
+        exclusive_minimum=True,
+        maximum=0.5,
+    )
+    cache: str | None = option(
+        None,
+        "Where it is kept which pictures can be read. Default: $ALBIREO_CACHE, or albireo in the user's cache.",
+        metavar="DIR",
+    )
+    augment: bool = option(True, "Train on a random part of each picture, mirrored or not, another one in each epoch.")
+    max_damaged: float = option(
+        0.05,
+        "How many pictures may be damaged and are left out: a share of all if below 1, a number otherwise.",
+        minimum=0.0,
+    )
+    workers: int | None = option(
+        None,
+        "Processes that read pictures ahead; 0: none. Default: as many as cores are left, up to 8.",
+        minimum=0,
+        maximum=256,
+    )
+
+    def check(self, model: ModelConfig) -> None:
+        """See the base class."""
+        super().check(model)
+        if self.is_made_up and self.max_damaged != PictureConfig.max_damaged:
+            raise ConfigError(
+                f"--data {self.data} has no damaged pictures, so --max-damaged {self.max_damaged:g} says nothing: leave it out"
+            )
+
+
 RECIPE_SECTIONS: Mapping[str, Mapping[str, type]] = MappingProxyType(
     {
-        "opt": {"model": ModelConfig, "data": TextConfig},
+        "opt": {"model": LanguageModelConfig, "data": TextConfig},
         "gpt2": {"model": Gpt2ModelConfig, "data": InstructionConfig},
+        "vit": {"model": PictureModelConfig, "data": PictureConfig},
     }
 )
 """Each recipe's own sections, by the names that they have in `RunConfig`."""

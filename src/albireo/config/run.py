@@ -9,7 +9,7 @@ from typing import Literal, cast
 
 from albireo.config.adapter import AdapterConfig
 from albireo.config.option import OptionInfo, option, options_of
-from albireo.config.recipes import RECIPE_SECTIONS, DataConfig, ModelConfig, TextConfig
+from albireo.config.recipes import RECIPE_SECTIONS, DataConfig, LanguageModelConfig, ModelConfig, TextConfig
 from albireo.errors import ConfigError
 
 __all__ = [
@@ -166,7 +166,7 @@ class RunConfig:
     """
 
     recipe: str = "opt"
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: ModelConfig = field(default_factory=LanguageModelConfig)
     data: DataConfig = field(default_factory=TextConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -8,8 +8,27 @@ from albireo.data.cache import tokenize, trained_tokenizer
 from albireo.data.instruction import Instruction, parse_instruction
 from albireo.data.instruction_data import InstructionData, InstructionOptions, pad_rows, prepare_instructions
 from albireo.data.instruction_source import InstructionSource, check_instructions, open_instructions
-from albireo.data.loader import IGNORED_LABEL, AnyDataset, Batch, Batching, Collate, StepLoader, evaluation_batches
+from albireo.data.loader import (
+    IGNORED_LABEL,
+    AnyBatch,
+    AnyDataset,
+    Batch,
+    Batching,
+    Collate,
+    StepLoader,
+    evaluation_batches,
+)
 from albireo.data.order import BatchLayout, SampleOrder, epoch_of, epoch_permutation, samples_at, steps_for
+from albireo.data.picture_data import (
+    PictureBatch,
+    PictureData,
+    Pictures,
+    evaluation_pictures,
+    picture_batching,
+    prepare_pictures,
+)
+from albireo.data.picture_form import PictureForm, load_picture_form
+from albireo.data.picture_source import PictureSource, open_pictures
 from albireo.data.prompt import prompt_of
 from albireo.data.sampler import EpochSampler
 from albireo.data.source import check_source, open_source
@@ -23,6 +42,7 @@ from albireo.data.tokens import TokenStream
 
 __all__ = [
     "IGNORED_LABEL",
+    "AnyBatch",
     "AnyDataset",
     "Batch",
     "BatchLayout",
@@ -34,6 +54,11 @@ __all__ = [
     "InstructionData",
     "InstructionOptions",
     "InstructionSource",
+    "PictureBatch",
+    "PictureData",
+    "PictureForm",
+    "PictureSource",
+    "Pictures",
     "RandomTokens",
     "SampleOrder",
     "SpecialTokens",
@@ -50,13 +75,18 @@ __all__ = [
     "epoch_of",
     "epoch_permutation",
     "evaluation_batches",
+    "evaluation_pictures",
+    "load_picture_form",
     "load_tokenizer",
     "open_instructions",
+    "open_pictures",
     "open_source",
     "pack",
     "pad_rows",
     "parse_instruction",
+    "picture_batching",
     "prepare_instructions",
+    "prepare_pictures",
     "prepare_text",
     "prepare_tokenizer",
     "prompt_of",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -14,7 +14,16 @@ from albireo.data.buckets import Buckets
 from albireo.data.order import BatchLayout, SampleOrder
 from albireo.errors import ConfigError, DataError
 
-__all__ = ["IGNORED_LABEL", "AnyDataset", "Batch", "Batching", "Collate", "StepLoader", "evaluation_batches"]
+__all__ = [
+    "IGNORED_LABEL",
+    "AnyBatch",
+    "AnyDataset",
+    "Batch",
+    "Batching",
+    "Collate",
+    "StepLoader",
+    "evaluation_batches",
+]
 
 IGNORED_LABEL = -100
 """A label that counts for nothing, as in transformers and in `torch.nn.functional.cross_entropy`."""
@@ -25,9 +34,20 @@ Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 """Makes columns [batch, ...] of samples."""
 
 
+class AnyBatch(Protocol):
+    """One micro-batch of one rank, whatever is in it."""
+
+    @property
+    def tokens(self) -> int:
+        """How many terms the loss is a mean of, a number on the host."""
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """Return the batch on a device."""
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch of one rank.
+    """One micro-batch of token ids of one rank.
 
     Attributes:
         input_ids: int64, [batch, length].
@@ -41,11 +61,21 @@ class Batch:
     labels: Tensor
     tokens: int
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
         """Return the batch on a device; what was one tensor stays one."""
         input_ids = self.input_ids.to(device, non_blocking=non_blocking)
         same = self.labels is self.input_ids
-        return Batch(input_ids, input_ids if same else self.labels.to(device, non_blocking=non_blocking), self.tokens)
+        labels = input_ids if same else self.labels.to(device, non_blocking=non_blocking)
+        return type(self)(input_ids, labels, self.tokens)
+
+
+def _as_batch(columns: Mapping[str, Tensor]) -> Batch:
+    # Made after pinning, which would turn one tensor under two names into two.
+    input_ids = columns["input_ids"]
+    labels = columns.get("labels", input_ids)
+    if labels is input_ids:
+        return Batch(input_ids, input_ids, input_ids.shape[0] * (input_ids.shape[1] - 1))
+    return Batch(input_ids, labels, int((labels[:, 1:] != IGNORED_LABEL).sum()))
 
 
 def _collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -62,10 +92,15 @@ class Batching:
     Attributes:
         buckets: puts samples of like length near one another; None: all in random order.
         collate: makes columns of samples; by default of such as have one shape.
+        make: makes a batch of columns; by default one of token ids.
+        counts_epochs: a sample is asked for by its index plus the data set's size times the epoch, so that it may be
+            another one in each.
     """
 
     buckets: Buckets | None = None
     collate: Collate = _collate
+    make: Callable[[Mapping[str, Tensor]], AnyBatch] = _as_batch
+    counts_epochs: bool = False
 
 
 class StepLoader:
@@ -110,13 +145,17 @@ class StepLoader:
         self.layout = layout
         self.steps = steps
         batching = batching if batching is not None else Batching()
-        micro_batches = _MicroBatches(SampleOrder(_size(dataset), seed, batching.buckets), layout, start_sample, steps)
+        order = SampleOrder(_size(dataset), seed, batching.buckets, counts_epochs=batching.counts_epochs)
+        micro_batches = _MicroBatches(order, layout, start_sample, steps)
+        self._make = batching.make
         self._loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_sampler=micro_batches,
             collate_fn=batching.collate,
             pin_memory=pin_memory,
             num_workers=num_workers,
+            # Forked ones would have a copy of all that is held open here, the device too.
+            multiprocessing_context="spawn" if num_workers else None,
             # Its own generator: else every new iterator draws from the global one, and a resumed run, which makes
             # one more, has other dropout masks than the run that was never stopped.
             generator=torch.Generator().manual_seed(seed % 2**63),
@@ -125,10 +164,10 @@ class StepLoader:
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[list[Batch]]:
-        step: list[Batch] = []
+    def __iter__(self) -> Iterator[list[AnyBatch]]:
+        step: list[AnyBatch] = []
         for columns in self._loader:
-            step.append(_as_batch(columns))
+            step.append(self._make(columns))
             if len(step) == self.layout.accumulate:
                 yield step
                 step = []
@@ -158,7 +197,7 @@ def evaluation_batches(
     *,
     pin_memory: bool = False,
     batching: Batching | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[AnyBatch]:
     """Yield this rank's share of a data set: every sample counts exactly once over all ranks, in a fixed order.
 
     All ranks get the same number of batches, because a sharded model computes together, and all batches have as many
@@ -178,7 +217,7 @@ def evaluation_batches(
         DataError: the data set is empty.
     """
     layout = BatchLayout(batch_size, 1, rank, world_size)
-    collate = (batching if batching is not None else Batching()).collate
+    batching = batching if batching is not None else Batching()
     size = _size(dataset)
     if size < 1:
         raise DataError("there is nothing to evaluate on: the data set holds no samples")
@@ -186,14 +225,14 @@ def evaluation_batches(
         left = min(layout.samples_per_step, size - first)
         indices = range(first + left * rank // world_size, first + left * (rank + 1) // world_size)
         filled = [*indices, *[first] * (batch_size - len(indices))]
-        columns = collate(_fetch(dataset, filled))
+        columns = batching.collate(_fetch(dataset, filled))
         if len(indices) < batch_size:
-            labels = columns.get("labels", columns["input_ids"]).clone()
+            labels = (columns["labels"] if "labels" in columns else columns["input_ids"]).clone()
             labels[len(indices) :] = IGNORED_LABEL
             columns["labels"] = labels
         if pin_memory:
             columns = {name: column.pin_memory() for name, column in columns.items()}
-        yield _as_batch(columns)
+        yield batching.make(columns)
 
 
 def _size(dataset: AnyDataset) -> int:
@@ -203,12 +242,3 @@ def _size(dataset: AnyDataset) -> int:
 def _fetch(dataset: AnyDataset, indices: list[int]) -> list[Any]:
     fetch_many = getattr(dataset, "__getitems__", None)
     return list(fetch_many(indices)) if fetch_many is not None else [dataset[index] for index in indices]
-
-
-def _as_batch(columns: Mapping[str, Tensor]) -> Batch:
-    # Made after pinning, which would turn one tensor under two names into two.
-    input_ids = columns["input_ids"]
-    labels = columns.get("labels", input_ids)
-    if labels is input_ids:
-        return Batch(input_ids, input_ids, input_ids.shape[0] * (input_ids.shape[1] - 1))
-    return Batch(input_ids, labels, int((labels[:, 1:] != IGNORED_LABEL).sum()))

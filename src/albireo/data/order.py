@@ -78,17 +78,21 @@ class SampleOrder:
         dataset_size: samples in the data set.
         seed: which stream; the same seed gives the same stream.
         buckets: puts samples of like length near one another; None: all in random order.
+        counts_epochs: a sample's index is that in the data set plus the set's size times the epoch.
 
     Raises:
         DataError: the data set is empty, or the buckets are another data set's.
     """
 
-    def __init__(self, dataset_size: int, seed: int, buckets: Buckets | None = None) -> None:
+    def __init__(
+        self, dataset_size: int, seed: int, buckets: Buckets | None = None, *, counts_epochs: bool = False
+    ) -> None:
         if buckets is not None and len(buckets.lengths) != dataset_size:
             raise DataError(f"there are lengths of {len(buckets.lengths)} samples, and {dataset_size} samples")
         self.dataset_size = dataset_size
         self.seed = seed
         self._buckets = buckets
+        self._counts_epochs = counts_epochs
         self._epoch = 0
         self._permutation = self._arranged(0)
 
@@ -105,7 +109,7 @@ class SampleOrder:
         while filled < count:
             epoch, inside = divmod(start + filled, self.dataset_size)
             piece = self._of_epoch(epoch)[inside : inside + count - filled]
-            taken[filled : filled + len(piece)] = piece
+            taken[filled : filled + len(piece)] = piece + (epoch * self.dataset_size if self._counts_epochs else 0)
             filled += len(piece)
         return taken
 

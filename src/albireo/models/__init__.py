@@ -15,6 +15,7 @@ from albireo.models.lazy import LazyInitContext, LazyWeights, lazy_source_of
 from albireo.models.opt import OPT
 from albireo.models.pretrained import check_weights, load_weights, weight_files
 from albireo.models.quantised_weights import QuantisedWeights
+from albireo.models.vit import VIT
 from albireo.models.vocabulary import Init, Vocabulary, reconcile_vocabulary
 from albireo.models.weight_sources import FolderWeights, RandomWeights
 
@@ -22,6 +23,7 @@ __all__ = [
     "FAMILIES",
     "GPT2",
     "OPT",
+    "VIT",
     "Family",
     "FolderWeights",
     "Init",

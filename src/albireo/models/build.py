@@ -10,7 +10,7 @@ from torch import nn
 
 from albireo.errors import ModelError
 from albireo.models.choice import ModelChoice, fetch_model
-from albireo.models.initialise import initialise
+from albireo.models.initialise import initialise, initialise_module
 from albireo.models.lazy import LazyInitContext
 from albireo.models.pretrained import load_weights, weight_files
 from albireo.models.vocabulary import Init, Vocabulary, reconcile_vocabulary
@@ -67,7 +67,13 @@ def configure_model(
 
 
 def build_model(
-    choice: ModelChoice, config: PreTrainedConfig, *, init: Init, seed: int, device: torch.device | str = "cpu"
+    choice: ModelChoice,
+    config: PreTrainedConfig,
+    *,
+    init: Init,
+    seed: int,
+    device: torch.device | str = "cpu",
+    new_head: bool = False,
 ) -> PreTrainedModel:
     """Build a model in fp32, in training mode, with its weights on a device.
 
@@ -79,6 +85,7 @@ def build_model(
         init: random weights, decided by the seed, or trained ones, from the choice's folder or the hub.
         seed: decides random weights.
         device: where the weights go.
+        new_head: the head is random, whatever the rest is: it is for other classes.
 
     Raises:
         ModelError: the weights cannot be found, read, or do not fit the configuration.
@@ -90,7 +97,9 @@ def build_model(
     model = family.make_model(config)
     materialise(model, torch.device(device))
     if init == "pretrained" and choice.folder is not None:
-        load_weights(model, choice.folder, family)
+        load_weights(model, choice.folder, family, but_head=new_head)
+        if new_head:
+            initialise_module(family.head(model), family.head_name, seed, config)
     else:
         initialise(model, seed)
     model.train()
@@ -98,7 +107,7 @@ def build_model(
 
 
 def build_model_lazily(
-    choice: ModelChoice, config: PreTrainedConfig, *, init: Init, seed: int
+    choice: ModelChoice, config: PreTrainedConfig, *, init: Init, seed: int, new_head: bool = False
 ) -> tuple[PreTrainedModel, FolderWeights | RandomWeights]:
     """Build the model that `build_model` does, in fp32 and in training mode, without memory for its parameters.
 
@@ -107,6 +116,7 @@ def build_model_lazily(
         config: from `configure_model`.
         init: random weights, decided by the seed, or trained ones, from the choice's folder or the hub.
         seed: decides random weights.
+        new_head: the head is random, whatever the rest is.
 
     Returns:
         The model, whose parameters are on the meta device and whose buffers are in host memory; and where the values
@@ -125,7 +135,8 @@ def build_model_lazily(
     nn.Module.float(model)
     model.train()
     if init == "pretrained" and choice.folder is not None:
-        return model, FolderWeights(model, choice.folder, family)
+        head = RandomWeights(model, seed) if new_head else None
+        return model, FolderWeights(model, choice.folder, family, head=head)
     return model, RandomWeights(model, seed)
 
 

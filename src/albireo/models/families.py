@@ -10,13 +10,14 @@ from albireo.errors import ModelError
 from albireo.models.family import Family
 from albireo.models.gpt2 import GPT2
 from albireo.models.opt import OPT
+from albireo.models.vit import VIT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 __all__ = ["FAMILIES", "count_parameters", "family_of"]
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({OPT.name: OPT, GPT2.name: GPT2})
+FAMILIES: Mapping[str, Family] = MappingProxyType({OPT.name: OPT, GPT2.name: GPT2, VIT.name: VIT})
 
 
 def family_of(model_type: str) -> Family:

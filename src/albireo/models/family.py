@@ -35,7 +35,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of causal language models, as transformers builds them.
+    """A family of models, as transformers builds them: a backbone of equal blocks, and a head.
 
     It knows names and counts; the models themselves are transformers' own, and none of their code is changed.
 
@@ -58,6 +58,10 @@ class Family:
         std_name: the option with the standard deviation of random weights.
         residual_endings: ends of the names of weights that write to the residual stream and begin smaller, by the root
             of how many there are.
+        renames: parts of names as files of weights have them, each with what the model in memory has instead; in order.
+        older_blocks_name: what the list of blocks is called in older versions of transformers.
+        older_lora_targets: the same of the modules that get an adapter.
+        drawn_names: last parts of the names of parameters that lie in no layer of their own, and begin as weights do.
         has_padding_row: the embedding keeps a row of zeros for the padding id. Without one, padding is the business of
             whoever makes the batches, and the model knows no such id.
     """
@@ -80,6 +84,10 @@ class Family:
     std_name: str = "init_std"
     residual_endings: tuple[str, ...] = ()
     has_padding_row: bool = True
+    renames: Mapping[str, str] = field(default_factory=dict)
+    older_blocks_name: str = ""
+    older_lora_targets: tuple[str, ...] = ()
+    drawn_names: tuple[str, ...] = ()
 
     def parse_size(self, name: str) -> str | None:
         """Return the size that a user means by `1.3b`, `1.3`, `OPT-1.3B`; None if it is no size of this family.
@@ -153,8 +161,24 @@ class Family:
 
     def blocks(self, model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
         """Return the names and modules of the model's equal blocks, in the order of the forward."""
-        blocks = model.get_submodule(self.blocks_name)
-        return [(f"{self.blocks_name}.{name}", block) for name, block in blocks.named_children()]
+        place = self.blocks_name
+        try:
+            blocks = model.get_submodule(place)
+        except AttributeError:
+            place = self.older_blocks_name
+            blocks = model.get_submodule(place)
+        return [(f"{place}.{name}", block) for name, block in blocks.named_children()]
+
+    def lora_targets_of(self, model: PreTrainedModel) -> tuple[str, ...]:
+        """Return the modules of a model that get an adapter, as the version of transformers that there is names them."""
+        last_parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+        return self.lora_targets if last_parts.issuperset(self.lora_targets) else self.older_lora_targets
+
+    def renamed(self, name: str) -> str:
+        """Return what the model in memory calls a tensor of a file."""
+        for old, new in self.renames.items():
+            name = name.replace(old, new)
+        return name
 
     def forward_arguments(self, input_ids: Tensor) -> dict[str, Any]:
         """Return what to call the backbone with, for texts without padding.

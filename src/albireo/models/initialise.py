@@ -109,9 +109,11 @@ def initial_values(module: nn.Module, name: str, seed: int, config: PreTrainedCo
                 width = module.embedding_dim
                 padding = range(module.padding_idx * width, (module.padding_idx + 1) * width)
             value = InitialValues(qualified, seed, size, std=family.weight_std(qualified, config), zeros=padding)
+        elif (isinstance(module, nn.Conv2d) and parameter_name == "weight") or parameter_name in family.drawn_names:
+            value = InitialValues(qualified, seed, size, std=family.weight_std(qualified, config))
         elif isinstance(module, nn.LayerNorm) and parameter_name == "weight":
             value = InitialValues(qualified, seed, size, mean=1.0)
-        elif isinstance(module, (nn.Linear, nn.LayerNorm, Conv1D)) and parameter_name == "bias":
+        elif isinstance(module, (nn.Linear, nn.LayerNorm, Conv1D, nn.Conv2d)) and parameter_name == "bias":
             value = InitialValues(qualified, seed, size)
         else:
             raise ModelError(

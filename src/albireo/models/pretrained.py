@@ -62,7 +62,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def load_weights(model: PreTrainedModel, folder: Path, family: Family) -> None:
+def load_weights(model: PreTrainedModel, folder: Path, family: Family, *, but_head: bool = False) -> None:
     """Fill a model's parameters from a folder, cast to their dtype.
 
     Of tied weights one is enough. If the folder holds several, they must be equal.
@@ -71,6 +71,7 @@ def load_weights(model: PreTrainedModel, folder: Path, family: Family) -> None:
         model: the model; its parameters have memory.
         folder: a Hugging Face folder.
         family: the model's.
+        but_head: leave the head as it is, and what the folder has of one aside.
 
     Raises:
         ModelError: a file is missing or damaged, or a tensor is missing, unknown, there twice, of another shape or of
@@ -78,7 +79,7 @@ def load_weights(model: PreTrainedModel, folder: Path, family: Family) -> None:
     """
     targets = model.state_dict(keep_vars=True)
     files = weight_files(folder)
-    places = places_of_weights(files, targets, family)
+    places = places_of_weights(files, targets, family, but_head=but_head)
     filled: dict[Tensor, str] = {}
     with torch.no_grad():
         for file in files:
@@ -93,38 +94,44 @@ def load_weights(model: PreTrainedModel, folder: Path, family: Family) -> None:
                         raise tied_weights_differ(file, name, filled[target])
 
 
-def check_weights(folder: Path, family: Family, config: PreTrainedConfig) -> None:
+def check_weights(folder: Path, family: Family, config: PreTrainedConfig, *, but_head: bool = False) -> None:
     """Compare a folder's weights with a configuration by names, shapes and types, without reading a number.
 
     Args:
         folder: a Hugging Face folder.
         family: the model's.
         config: the model's configuration.
+        but_head: whatever the head is.
 
     Raises:
         ModelError: as `load_weights` would.
     """
-    places_of_weights(weight_files(folder), family.make_model(config).state_dict(keep_vars=True), family)
+    targets = family.make_model(config).state_dict(keep_vars=True)
+    places_of_weights(weight_files(folder), targets, family, but_head=but_head)
 
 
-def places_of_weights(files: list[Path], targets: Mapping[str, Tensor], family: Family) -> dict[str, tuple[Path, str]]:
+def places_of_weights(
+    files: list[Path], targets: Mapping[str, Tensor], family: Family, *, but_head: bool = False
+) -> dict[str, tuple[Path, str]]:
     """Return the file and the model's name of each tensor in a folder, after comparing all of them with the model.
 
     Args:
         files: the folder's, as `weight_files` lists them.
         targets: the model's tensors by its own names for them; they need no memory.
         family: the model's.
+        but_head: without the head, which may be of another shape, or not be there.
 
     Raises:
         ModelError: as `load_weights` would, but for tied weights, whose values are not looked at.
     """
     places: dict[str, tuple[Path, str]] = {}
     found: dict[str, str] = {}
+    head = f"{family.head_name}."
     for file in files:
         with _opened(file) as tensors:
             for key in tensors.keys():  # noqa: SIM118  no mapping: it has no other way to list its names
                 name = _own_name(key, targets, family)
-                if family.is_obsolete(name):
+                if family.is_obsolete(name) or (but_head and name.startswith(head)):
                     continue
                 if name not in targets:
                     raise ModelError(f"{file} holds {key}, which the model of its config.json has no place for")
@@ -141,7 +148,8 @@ def places_of_weights(files: list[Path], targets: Mapping[str, Tensor], family: 
                     raise ModelError(f"{file} holds {key} as {dtype}: expected weights that are not quantised")
                 found[name], places[key] = key, (file, name)
     there = {targets[name] for name in found}
-    missing = [name for name, target in targets.items() if target not in there]
+    wanted = {name: target for name, target in targets.items() if not (but_head and name.startswith(head))}
+    missing = [name for name, target in wanted.items() if target not in there]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"{files[0].parent} holds no weights for {missing[0]}{more}, which its config.json asks for")
@@ -160,6 +168,9 @@ def _own_name(key: str, targets: Mapping[str, Tensor], family: Family) -> str:
     """Return the model's name for a name in a file, which may be as an older version of the family wrote it."""
     if key in targets:
         return key
+    renamed = family.renamed(key)
+    if renamed in targets:
+        return renamed
     return next((new + key.removeprefix(old) for old, new in family.prefixes.items() if key.startswith(old)), key)
 
 

@@ -18,7 +18,7 @@ from albireo.models.family import Family
 from albireo.models.flat_file import FlatFile
 from albireo.models.initialise import BLOCK, owned_values
 from albireo.models.pretrained import places_of_weights, tied_weights_differ, weight_files
-from albireo.sharding.weight_source import check_range
+from albireo.sharding.weight_source import WeightSource, check_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,16 +105,25 @@ class FolderWeights:
         model: the model; its parameters may be on the meta device. Buffers that the folder holds are filled at once.
         folder: a Hugging Face folder.
         family: the model's.
+        head: where the head's values come from instead; it is closed with this source.
 
     Raises:
         ModelError: see `load_weights`.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path, family: Family) -> None:
+    def __init__(
+        self, model: PreTrainedModel, folder: Path, family: Family, *, head: WeightSource | None = None
+    ) -> None:
+        self._head = head
+        self._of_head = (
+            frozenset(model.get_submodule(family.head_name).parameters()) if head is not None else frozenset()
+        )
         self._files: dict[Path, FlatFile] = {}
         self._places: dict[Tensor, list[_Place]] = {}
         targets = model.state_dict(keep_vars=True)
-        for key, (file, name) in places_of_weights(weight_files(folder), targets, family).items():
+        for key, (file, name) in places_of_weights(
+            weight_files(folder), targets, family, but_head=head is not None
+        ).items():
             self._places.setdefault(targets[name], []).append(_Place(file, key, name))
         self._numels = {target: target.numel() for target in self._places}
         try:
@@ -131,10 +140,15 @@ class FolderWeights:
             ConfigError: the parameter is not the model's, or has no such elements.
             ModelError: a file is damaged, or tied weights differ.
         """
-        self._fill(parameter, start, out)
+        if self._head is not None and parameter in self._of_head:
+            self._head.fill(parameter, start, out)
+        else:
+            self._fill(parameter, start, out)
 
     def close(self) -> None:
         """Close the files."""
+        if self._head is not None:
+            self._head.close()
         while self._files:
             self._files.popitem()[1].close()
 

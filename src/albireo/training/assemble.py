@@ -251,7 +251,7 @@ def build_model(
     else:
         pretrained, lines = planned.build(data, config, device)
     lines += _prepare_blocks(pretrained, planned.family, config, ragged=data.is_ragged)
-    model = recipe.wrap(pretrained, planned.family)
+    model = recipe.wrap(pretrained, planned.family, data)
     model.train()
     return model, source, lines
 

@@ -55,7 +55,7 @@ def export_trained(
     """
     with_adapter = has_lora(pretrained)
     # Of an adapter's run the frozen weights are not gathered.
-    names = {t: n for t, n in state.names.items() if not with_adapter or ".lora_" in n}
+    names = {t: n for t, n in state.names.items() if not with_adapter or t.requires_grad}
 
     def export(tensors: WholeTensors) -> None:
         weights = {part.name.removeprefix("model/"): tensors.tensor(part) for part in tensors.slices}

@@ -17,7 +17,7 @@ from albireo.adapters import (
     count_weights,
     require_peft,
 )
-from albireo.config import LanguageDataConfig, RunConfig
+from albireo.config import LanguageDataConfig, LanguageModelConfig, RunConfig
 from albireo.data import TextTokenizer, load_tokenizer
 from albireo.errors import ModelError
 from albireo.models import (
@@ -83,7 +83,7 @@ class LanguageModelPlan(ModelPlan):
         Raises:
             ModelError: weights or tokenizer are missing or damaged, or do not go together.
         """
-        choice, name = self.choice, config.model.tokenizer
+        choice, name = self.choice, _model_options(config).tokenizer
         if self.init == "pretrained":
             choice = fetch_model(choice)
             name = name or str(choice.folder)
@@ -232,6 +232,12 @@ def lora_plan(config: RunConfig) -> LoraPlan | None:
     rank = adapter.lora_rank or 8
     base: Code | None = {8: "int8", 4: "nf4"}.get(adapter.bits or 0)  # type: ignore[assignment]
     return LoraPlan(rank, adapter.lora_alpha or 2.0 * rank, adapter.lora_dropout or 0.0, adapter.targets, base)
+
+
+def _model_options(config: RunConfig) -> LanguageModelConfig:
+    if not isinstance(config.model, LanguageModelConfig):
+        raise TypeError(f"expected a language recipe's configuration, not {config.recipe}'s")
+    return config.model
 
 
 def _tokenizer_of(data: RunData) -> TextTokenizer | None:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from albireo.config import LanguageDataConfig, RunConfig
-from albireo.data import Batch, load_tokenizer
+from albireo.data import AnyBatch, Batch, load_tokenizer
 from albireo.distributed import World
 from albireo.models import Family, resolve_model
 from albireo.ops import default_piece_rows
@@ -19,7 +19,7 @@ from albireo.plugins import ModelWrapper
 from albireo.training.causal_lm import CausalLanguageModel, inputs_of
 from albireo.training.evaluation import evaluate
 from albireo.training.language_model import LanguageModelPlan, plan_language_model
-from albireo.training.recipe import ModelPlan, Recipe, TaskModel
+from albireo.training.recipe import Evaluation, ModelPlan, Recipe, RunData, TaskModel
 
 __all__ = ["LanguageRecipe", "language_options", "language_plan"]
 
@@ -63,7 +63,7 @@ class LanguageRecipe(Recipe):
         """See the base class."""
         return plan_language_model(config, self.family)
 
-    def wrap(self, pretrained: PreTrainedModel, family: Family) -> TaskModel:
+    def wrap(self, pretrained: PreTrainedModel, family: Family, data: RunData) -> TaskModel:  # noqa: ARG002
         """See the base class."""
         return CausalLanguageModel(pretrained, family)
 
@@ -79,19 +79,25 @@ class LanguageRecipe(Recipe):
         tokenizer = load_tokenizer(processor) if (processor / "tokenizer.json").is_file() else None
         return self.plan(config).empty(tokenizer, config, with_adapter=with_adapter)
 
-    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def inputs(self, batch: AnyBatch) -> dict[str, torch.Tensor]:
         """See the base class."""
-        return inputs_of(batch)
+        return inputs_of(_token_ids(batch))
 
-    def evaluate(self, model: ModelWrapper, batches: Iterable[Batch], world: World) -> float:
+    def evaluate(self, model: ModelWrapper, batches: Iterable[AnyBatch], world: World) -> Evaluation:
         """See the base class: the mean over all counted tokens."""
-        return evaluate(model, batches, world)
+        return Evaluation(evaluate(model, map(_token_ids, batches), world))
 
     def output_bytes(self, config: RunConfig, planned: ModelPlan, device: torch.device) -> int:
         """See the base class: a piece of logits and its gradient, two fp32 numbers each."""
         vocabulary = language_plan(planned).rows
         rows = (config.optimizer.batch_size or 1) * (language_options(config).sequence_length or 1)
         return default_piece_rows(rows, vocabulary, device) * vocabulary * 8
+
+
+def _token_ids(batch: AnyBatch) -> Batch:
+    if not isinstance(batch, Batch):
+        raise TypeError(f"expected a batch of token ids, not a {type(batch).__name__}")
+    return batch
 
 
 def language_options(config: RunConfig) -> LanguageDataConfig:

@@ -52,11 +52,13 @@ class EvalRow:
 
     Attributes:
         step: the optimizer steps done before it; 0 before the first.
-        eval_loss: mean over the tokens held out, in nats per token.
+        eval_loss: mean over what is held out, in nats per token or picture.
+        accuracy: the share that was right, where there is right and wrong.
     """
 
     step: int
     eval_loss: float
+    accuracy: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -161,7 +163,8 @@ def cut_after(path: Path, step: int, files: FileOperations | None = None) -> Non
 
 def _to_line(row: TrainRow | EvalRow) -> bytes:
     record: dict[str, Any] = {name: finite_or_none(value) for name, value in asdict(row).items()}
-    if isinstance(row, EvalRow):
+    if isinstance(row, EvalRow) and row.accuracy is None:
+        del record["accuracy"]
         record["perplexity"] = finite_or_none(row.perplexity)
     return (json.dumps(record, allow_nan=False) + "\n").encode()
 
@@ -199,7 +202,8 @@ def _to_row(line: bytes) -> TrainRow | EvalRow:
     if not isinstance(record, dict):
         raise _NotARowError("it is no JSON object")
     if "eval_loss" in record:
-        return EvalRow(step=_integer(record, "step"), eval_loss=_number(record, "eval_loss"))
+        accuracy = _number(record, "accuracy") if "accuracy" in record else None
+        return EvalRow(step=_integer(record, "step"), eval_loss=_number(record, "eval_loss"), accuracy=accuracy)
     integers = {name: _integer(record, name) for name in ("step", "epoch", "device_peak_bytes", "host_peak_bytes")}
     numbers = {field.name: _number(record, field.name) for field in fields(TrainRow) if field.name not in integers}
     return TrainRow(**integers, **numbers)  # type: ignore[arg-type]  # a field is in the one dict or in the other

@@ -86,7 +86,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     model, data = config.model, config.data
     # Only checked: the families alone know whether the name is a size or a folder.
     user_path("--model", model.model)
-    model = dataclasses.replace(model, tokenizer=_absolute("--tokenizer", model.tokenizer))
+    model = dataclasses.replace(model, **{name: _absolute(f"--{name}", getattr(model, name)) for name in model.paths})
     name = data.data if data.is_made_up else _absolute("--data", data.data)
     cache = None if data.cache is None else str(user_path("--cache", data.cache).absolute())
     return dataclasses.replace(config, model=model, data=dataclasses.replace(data, data=name, cache=cache))

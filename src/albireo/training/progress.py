@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import TaskID
 
-__all__ = ["Progress", "ProgressTask", "format_bytes", "format_duration", "format_perplexity"]
+__all__ = ["Progress", "ProgressTask", "format_bytes", "format_duration", "format_perplexity", "format_quality"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BEFORE_A_TASK_IS_LONG = 2.0
@@ -36,6 +36,13 @@ def format_duration(seconds: float) -> str:
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_quality(row: EvalRow) -> str:
+    """Write what an evaluation says beside its loss: "accuracy 93.75%", or "perplexity 673.2"."""
+    if row.accuracy is not None:
+        return f"accuracy {100 * row.accuracy:.2f}%"
+    return f"perplexity {format_perplexity(row.perplexity)}"
 
 
 def format_perplexity(perplexity: float) -> str:
@@ -127,7 +134,7 @@ class Progress:
             previous: the one before it, to compare with.
         """
         where = f"step {row.step}/{self._steps}" if self._steps else f"step {row.step}"
-        text = f"{where}  evaluation loss {row.eval_loss:.3f}, perplexity {format_perplexity(row.perplexity)}"
+        text = f"{where}  evaluation loss {row.eval_loss:.3f}, {format_quality(row)}"
         if previous is not None:
             text += f" (loss was {previous.eval_loss:.3f} at step {previous.step})"
         self.message(text)

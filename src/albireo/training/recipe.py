@@ -6,21 +6,35 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from albireo.config import RunConfig
-from albireo.data import AnyDataset, Batch, BatchLayout, StepLoader, evaluation_batches
+from albireo.data import AnyBatch, AnyDataset, BatchLayout, StepLoader, evaluation_batches
 from albireo.distributed import World
 from albireo.models import Family
 from albireo.plugins import ModelWrapper
 from albireo.sharding import WeightSource
 from albireo.training.progress import Progress
 
-__all__ = ["ModelPlan", "Recipe", "RunData", "TaskModel"]
+__all__ = ["Evaluation", "ModelPlan", "Recipe", "RunData", "TaskModel"]
+
+
+class Evaluation(NamedTuple):
+    """What the data that is held out came to.
+
+    Attributes:
+        loss: the mean over all that counts, in nats.
+        accuracy: the share that was right, where there is right and wrong.
+        confusion: of each class, a row of how often it was taken for each; where there are classes.
+    """
+
+    loss: float
+    accuracy: float | None = None
+    confusion: tuple[tuple[int, ...], ...] | None = None
 
 
 class TaskModel(nn.Module, ABC):
@@ -74,7 +88,7 @@ class RunData:
         """
         return StepLoader(self.train, layout, seed=seed, start_sample=start_sample, steps=steps, pin_memory=pin)
 
-    def evaluation(self, batch_size: int, world: World, *, pin: bool) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int, world: World, *, pin: bool) -> Iterator[AnyBatch]:
         """Yield this rank's share of the held-out samples.
 
         Args:
@@ -226,12 +240,13 @@ class Recipe(ABC):
         """
 
     @abstractmethod
-    def wrap(self, pretrained: PreTrainedModel, family: Family) -> TaskModel:
+    def wrap(self, pretrained: PreTrainedModel, family: Family, data: RunData) -> TaskModel:
         """Return a model as the training step calls it.
 
         Args:
             pretrained: what the plan has built.
             family: what tells its parts.
+            data: what it is to read.
         """
 
     @abstractmethod
@@ -256,7 +271,7 @@ class Recipe(ABC):
         """
 
     @abstractmethod
-    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def inputs(self, batch: AnyBatch) -> dict[str, torch.Tensor]:
         """Return a batch as the arguments of the wrapped model's forward.
 
         Args:
@@ -264,14 +279,31 @@ class Recipe(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, model: ModelWrapper, batches: Iterable[Batch], world: World) -> float:
-        """Return the mean loss over every rank's batches.
+    def evaluate(self, model: ModelWrapper, batches: Iterable[AnyBatch], world: World) -> Evaluation:
+        """Return the mean loss over every rank's batches, and what else says how good the model is.
 
         Args:
             model: the boosted model.
             batches: this rank's share.
             world: the ranks.
         """
+
+    def leave(
+        self,
+        model: ModelWrapper,  # noqa: ARG002  for recipes that have more to leave
+        data: RunData,  # noqa: ARG002
+        found: Evaluation | None,  # noqa: ARG002
+        world: World,  # noqa: ARG002
+    ) -> Mapping[str, bytes]:
+        """Return files for the run's folder by name, when a run has come to its end. Every rank calls this; the main one's count.
+
+        Args:
+            model: the boosted model.
+            data: what it was trained on.
+            found: the last evaluation; None if there was none.
+            world: the ranks.
+        """
+        return {}
 
     @abstractmethod
     def output_bytes(self, config: RunConfig, planned: ModelPlan, device: torch.device) -> int:

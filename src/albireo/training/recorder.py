@@ -94,18 +94,19 @@ class Recorder:
         """Wait for the numbers of every step so far."""
         self._take_in(everything=True)
 
-    def evaluation(self, step: int, loss: float) -> EvalRow:
+    def evaluation(self, step: int, loss: float, accuracy: float | None = None) -> EvalRow:
         """Keep the result of an evaluation, which began when the clock was started.
 
         Args:
             step: the steps done before it.
-            loss: the mean loss per token on held-out data.
+            loss: the mean loss on held-out data.
+            accuracy: the share of it that was right, where there is right and wrong.
         """
         if self._compiled and self._first_step_seconds is None and self._first_eval_seconds is None:
             now = Moment(self._world.device)
             now.wait()  # whoever has the loss has waited for all that came before
             self._first_eval_seconds = now.seconds_since(self._mark)
-        row = EvalRow(step=step, eval_loss=loss)
+        row = EvalRow(step=step, eval_loss=loss, accuracy=accuracy)
         if self._writer is not None:
             self._writer.write(row)
         self._progress.evaluation(row, self._last_eval)

@@ -131,6 +131,21 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
+    def accuracy_plot_path(self) -> Path:
+        """The picture of the accuracy, where there is right and wrong."""
+        return self.path / "accuracy.png"
+
+    @property
+    def predictions_path(self) -> Path:
+        """A picture of held-out pictures and what the model takes them for."""
+        return self.path / "predictions.png"
+
+    @property
+    def confusion_path(self) -> Path:
+        """A picture of how often each class is taken for each."""
+        return self.path / "confusion.png"
+
+    @property
     def summary_path(self) -> Path:
         """What the run came to, JSON."""
         return self.path / "summary.json"

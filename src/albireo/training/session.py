@@ -13,7 +13,7 @@ import torch
 
 from albireo.booster import Booster, StepOutput
 from albireo.config import RunConfig
-from albireo.data import Batch, BatchLayout
+from albireo.data import AnyBatch, BatchLayout
 from albireo.device import PeakReading, describe_device, seed_everything
 from albireo.distributed import World
 from albireo.errors import Interrupted
@@ -24,11 +24,12 @@ from albireo.training.exporting import export_trained
 from albireo.training.memory_needs import explain_out_of_memory, is_out_of_memory
 from albireo.training.memory_use import MemoryUse, measure_memory_use
 from albireo.training.metrics import read_metrics
+from albireo.training.picture_plots import draw_accuracy
 from albireo.training.plot import draw_loss
 from albireo.training.progress import Progress
-from albireo.training.recipe import Recipe, RunData, TaskModel
+from albireo.training.recipe import Evaluation, Recipe, RunData, TaskModel
 from albireo.training.recorder import Recorder
-from albireo.training.run_folder import RunFolder
+from albireo.training.run_folder import RunFolder, replace_file
 from albireo.training.saving import Position, RunState
 from albireo.training.stop import StopRequest
 from albireo.training.summary import RunFacts, print_summary, summarise
@@ -78,6 +79,7 @@ class Session:
     memory_before: PeakReading
     logits_bytes: int
     _rate: float = 0.0
+    _found: Evaluation | None = None
     _saved_step: int = -1
     _evaluated_step: int = -1
     _began_seconds: float = field(default_factory=time.perf_counter)
@@ -107,7 +109,7 @@ class Session:
         """The learning rate's schedule."""
         return self.state.scheduler
 
-    def batches(self) -> Iterator[list[Batch]]:
+    def batches(self) -> Iterator[list[AnyBatch]]:
         """Yield the micro-batches of each step that is left, and keep the position."""
         self.progress.start_training(self.step + 1, self.steps)
         loader = self.data.steps(
@@ -157,7 +159,8 @@ class Session:
         self.recorder.drain()
         batches = self.data.evaluation(self.layout.batch_size, self.world, pin=self.world.device.type == "cuda")
         self.recorder.start_clock()
-        self.recorder.evaluation(self.step, self.recipe.evaluate(self.model, batches, self.world))
+        self._found = found = self.recipe.evaluate(self.model, batches, self.world)
+        self.recorder.evaluation(self.step, found.loss, found.accuracy)
         self._evaluated_step = self.step
         self.recorder.start_clock()
 
@@ -185,6 +188,9 @@ class Session:
         self.recorder.sync()
         if status == "finished" and export_model:
             self._export()
+            left = self.recipe.leave(self.model, self.data, self._found, self.world)
+            for name, content in left.items() if self.world.is_main else ():
+                replace_file(self.folder.path / name, content, self.files)
         if self.world.is_main:
             self._report(status)
         if status == "interrupted":
@@ -247,6 +253,8 @@ class Session:
         self.folder.write_summary(summary)
         if train_rows or eval_rows:
             draw_loss(self.folder.metrics_path, self.folder.loss_plot_path, self._title(), self.files)
+        if any(row.accuracy is not None for row in eval_rows):
+            draw_accuracy(eval_rows, self.folder.accuracy_plot_path, self._title(), self.files)
         self.progress.close()
         print_summary(summary, self.folder, sys.stdout)
 

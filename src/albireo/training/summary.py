@@ -12,7 +12,7 @@ from typing import Any, Literal, TextIO
 from albireo.adapters import ADAPTER_FILE
 from albireo.device import PeakReading
 from albireo.training.metrics import EvalRow, TrainRow, finite_or_none
-from albireo.training.progress import format_bytes, format_duration, format_perplexity
+from albireo.training.progress import format_bytes, format_duration, format_quality
 from albireo.training.run_folder import RunFolder
 
 __all__ = ["RunFacts", "print_summary", "summarise"]
@@ -149,11 +149,8 @@ def print_summary(summary: Mapping[str, Any], folder: RunFolder, stream: TextIO)
 def _evaluation(row: EvalRow | None) -> dict[str, Any] | None:
     if row is None:
         return None
-    return {
-        "step": row.step,
-        "eval_loss": finite_or_none(row.eval_loss),
-        "perplexity": finite_or_none(row.perplexity),
-    }
+    quality = {"accuracy": row.accuracy} if row.accuracy is not None else {"perplexity": finite_or_none(row.perplexity)}
+    return {"step": row.step, "eval_loss": finite_or_none(row.eval_loss), **quality}
 
 
 def _memory(reading: PeakReading | None) -> dict[str, int] | None:
@@ -240,6 +237,9 @@ def _memory_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _places(folder: RunFolder) -> list[tuple[str, Path]]:
     places = [
         ("loss plot", folder.loss_plot_path),
+        ("accuracy ", folder.accuracy_plot_path),
+        ("examples ", folder.predictions_path),
+        ("mix-ups  ", folder.confusion_path),
         ("model    ", folder.model_path),
         ("adapter  ", folder.adapter_path),
     ]
@@ -249,10 +249,8 @@ def _places(folder: RunFolder) -> list[tuple[str, Path]]:
 def _evaluation_text(evaluation: Mapping[str, Any]) -> str:
     if evaluation["eval_loss"] is None:
         return f"loss not finite (step {evaluation['step']:,})"
-    perplexity = evaluation["perplexity"] if evaluation["perplexity"] is not None else math.inf
-    return (
-        f"loss {evaluation['eval_loss']:.3f}, perplexity {format_perplexity(perplexity)} (step {evaluation['step']:,})"
-    )
+    row = EvalRow(evaluation["step"], evaluation["eval_loss"], evaluation.get("accuracy"))
+    return f"loss {row.eval_loss:.3f}, {format_quality(row)} (step {row.step:,})"
 
 
 def _times(training_seconds: float, total_seconds: float) -> str:

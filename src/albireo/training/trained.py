@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from albireo.adapters import load_adapter, merge_in_place
-from albireo.config import RunConfig
+from albireo.config import AdapterConfig, RunConfig
 from albireo.data import TextTokenizer, load_tokenizer
 from albireo.errors import ConfigError, RunFolderError
 from albireo.training.exporting import read_run, restored_model
@@ -78,8 +79,9 @@ def load_language_model(run: Path, device: torch.device) -> TrainedLanguageModel
 
 def _from_model_folder(config: RunConfig, folder: RunFolder, recipe: LanguageRecipe) -> PreTrainedModel:
     """Build the model of a Hugging Face folder, whatever it was trained from."""
-    options = dataclasses.replace(config.model, model=str(folder.model_path), init="pretrained", tokenizer=None)
-    of_folder = dataclasses.replace(config, model=options, adapter=type(config.adapter)())
+    # As it was saved: the tokenizer beside it, and no adapter.
+    own: dict[str, Any] = {"tokenizer": None, "model": str(folder.model_path), "init": "pretrained"}
+    of_folder = dataclasses.replace(config, model=dataclasses.replace(config.model, **own), adapter=AdapterConfig())
     planned = plan_language_model(of_folder, recipe.family)
     model, _ = planned.build_for(load_tokenizer(folder.model_path), of_folder, torch.device("cpu"))
     return model

@@ -14,7 +14,7 @@ from torch import nn
 
 from albireo.adapters import own_names
 from albireo.config import RunConfig, config_from_mapping, config_to_mapping
-from albireo.data import Batch
+from albireo.data import AnyBatch
 from albireo.device import describe_device
 from albireo.distributed import World, join_world, launch_ranks
 from albireo.errors import ConfigError, Interrupted
@@ -137,7 +137,7 @@ def _steps(session: Session, verifier: Verifier, wanted: int) -> Iterator[StepRe
             return
 
 
-def _step(session: Session, verifier: Verifier, micro_batches: list[list[Batch]]) -> StepReport:
+def _step(session: Session, verifier: Verifier, micro_batches: list[list[AnyBatch]]) -> StepReport:
     return verifier.step(
         [[session.recipe.inputs(batch) for batch in of_rank] for of_rank in micro_batches],
         [[batch.tokens for batch in of_rank] for of_rank in micro_batches],
@@ -146,7 +146,7 @@ def _step(session: Session, verifier: Verifier, micro_batches: list[list[Batch]]
     )
 
 
-def _all_batches(session: Session, steps: int) -> Iterator[list[list[Batch]]]:
+def _all_batches(session: Session, steps: int) -> Iterator[list[list[AnyBatch]]]:
     """Yield the micro-batches of each step: by rank, then in order."""
     loaders = [
         session.data.steps(

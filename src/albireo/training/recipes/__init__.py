@@ -12,10 +12,13 @@ from albireo.errors import ConfigError
 from albireo.training.recipe import Recipe
 from albireo.training.recipes.gpt2.recipe import Gpt2Recipe
 from albireo.training.recipes.opt.recipe import OptRecipe
+from albireo.training.recipes.vit.recipe import VitRecipe
 
 __all__ = ["RECIPES", "recipe_of"]
 
-RECIPES: Mapping[str, Recipe] = MappingProxyType({recipe.name: recipe for recipe in (OptRecipe(), Gpt2Recipe())})
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {recipe.name: recipe for recipe in (OptRecipe(), Gpt2Recipe(), VitRecipe())}
+)
 
 
 def recipe_of(name: str) -> Recipe:

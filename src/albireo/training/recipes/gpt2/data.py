@@ -9,7 +9,7 @@ from pathlib import Path
 
 from albireo.config import InstructionConfig, RunConfig
 from albireo.data import (
-    Batch,
+    AnyBatch,
     Batching,
     BatchLayout,
     Buckets,
@@ -56,7 +56,7 @@ class InstructionRunData(LanguageData):
             batching=self.batching,
         )
 
-    def evaluation(self, batch_size: int, world: World, *, pin: bool) -> Iterator[Batch]:
+    def evaluation(self, batch_size: int, world: World, *, pin: bool) -> Iterator[AnyBatch]:
         """See the base class."""
         return evaluation_batches(
             self.held_out, batch_size, world.rank, world.world_size, pin_memory=pin, batching=self.batching

@@ -1,0 +1,1 @@
+"""ViT on pictures: a model that tells classes apart."""
