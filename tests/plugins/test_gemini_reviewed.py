@@ -70,10 +70,10 @@ def on_place(run: Boosted, before: Callable[[int], object]) -> list[bool]:
     planner, seen = inner(run)._planner, list[bool]()
     plainly = planner.place
 
-    def place(trace: Trace, *, accumulates: bool) -> Placement:
+    def place(trace: Trace, *, accumulates: bool, **options: Any) -> Placement:
         seen.append(accumulates)
         before(len(seen))
-        return plainly(trace, accumulates=accumulates)
+        return plainly(trace, accumulates=accumulates, **options)
 
     planner.place = place  # type: ignore[method-assign]
     return seen

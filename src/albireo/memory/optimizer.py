@@ -164,9 +164,7 @@ class GeminiOptimizer(ShardedOptimizer):
             self._step_where_states_are(host)
         else:
             streamed = self._streamed_steps() if any(chunk.streams for chunk in host) else None
-            factor = self._gradients.factor
-            with waiting(self._conductor.watch, WorkLabel("norm of gradients")):
-                number = 1.0 if factor is None else float(factor)
+            number = self._factor()
             if not steps.is_open:
                 steps.open(number, fenced=True)
             if streamed is not None:
@@ -179,6 +177,14 @@ class GeminiOptimizer(ShardedOptimizer):
                     self._hand_over(chunk)
             steps.seal()
         self._step_where_states_are([chunk for chunk in self._chunks if chunk.states_place == "device"])
+
+    def _factor(self) -> float:
+        """Return what gradients are to be multiplied by; waits for the device where that follows from their norm."""
+        factor = self._gradients.factor
+        if factor is None:
+            return 1.0
+        with waiting(self._conductor.watch, WorkLabel("norm of gradients")):
+            return float(factor)
 
     def _on_host(self) -> list[Chunk]:
         return [chunk for chunk in self._chunks if chunk.states_place == "host"]
