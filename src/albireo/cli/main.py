@@ -12,6 +12,7 @@ from albireo import __version__
 from albireo.cli.bench import bench
 from albireo.cli.check import check
 from albireo.cli.checkpoint import checkpoint
+from albireo.cli.classify import classify
 from albireo.cli.generate import generate
 from albireo.cli.options import NamedGroup
 from albireo.cli.run import run
@@ -40,6 +41,12 @@ Or train a model on instructions, and let it answer:
   albireo train gpt2 --data alpaca_data.json --adapter lora
   albireo generate --run runs/mine --instruction "Name three colours."
 
+Or on pictures, and let it tell them apart:
+
+\b
+  albireo train vit --data pictures/
+  albireo classify --run runs/mine a.jpg b.png
+
 Every verb has --help. A wrong value is one line and exit code 2.
 """
 
@@ -56,6 +63,7 @@ cli.add_command(train)
 cli.add_command(verify)
 cli.add_command(bench)
 cli.add_command(generate)
+cli.add_command(classify)
 cli.add_command(checkpoint)
 cli.add_command(run)
 cli.add_command(check)

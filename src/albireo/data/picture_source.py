@@ -18,7 +18,7 @@ from albireo.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["FolderPictures", "HubPictures", "MadeUpPictures", "PictureSource", "open_pictures"]
+__all__ = ["FolderPictures", "HubPictures", "MadeUpPictures", "PictureSource", "open_pictures", "read_picture"]
 
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _ROLES = ("train", "training", "valid", "validation", "val", "dev", "test", "testing")
@@ -97,7 +97,7 @@ class FolderPictures(PictureSource):
 
     def open(self, number: int) -> Image:
         """See the base class."""
-        return _read(self._files[number])
+        return read_picture(self._files[number])
 
     def name(self, number: int) -> str:
         """See the base class."""
@@ -156,7 +156,7 @@ class HubPictures(PictureSource):
         """See the base class."""
         part, row = self._rows[number]
         found = self._tables[part][row][self._column]
-        return _read(io.BytesIO(found["bytes"]) if found["bytes"] is not None else Path(found["path"]))
+        return read_picture(io.BytesIO(found["bytes"]) if found["bytes"] is not None else Path(found["path"]))
 
     def name(self, number: int) -> str:
         """See the base class."""
@@ -288,7 +288,16 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in _ENDINGS and not path.name.startswith(".") and path.is_file()
 
 
-def _read(file: Path | io.BytesIO) -> Image:
+def read_picture(file: Path | io.BytesIO) -> Image:
+    """Return a file's picture in red, green and blue, read whole.
+
+    Args:
+        file: of any format that PIL reads.
+
+    Raises:
+        OSError: it is missing, damaged or no picture.
+        ValueError: the same.
+    """
     from PIL import Image
 
     try:

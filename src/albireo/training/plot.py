@@ -72,7 +72,7 @@ def build_figure(train_rows: Sequence[TrainRow], eval_rows: Sequence[EvalRow], t
     eval_steps = np.array([row.step for row in eval_rows], dtype=np.float64)
     eval_losses = np.array([row.eval_loss for row in eval_rows], dtype=np.float64)
 
-    _style(axes)
+    _style(axes, of_pictures=any(row.accuracy is not None for row in eval_rows))
     highest = highest_loss_shown(losses, eval_losses)
     _draw_training(axes, steps, losses, highest)
     _draw_evaluation(axes, eval_steps, eval_losses)
@@ -168,11 +168,11 @@ def thin_out(steps: _Array, values: _Array, most_points: int) -> tuple[_Array, _
     return steps[kept], values[kept]
 
 
-def _style(axes: Axes) -> None:
+def _style(axes: Axes, *, of_pictures: bool) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_xlabel("step", fontsize=11, color=_TEXT)
-    axes.set_ylabel("loss (nats per token)", fontsize=11, color=_TEXT)
+    axes.set_ylabel("loss (nats)" if of_pictures else "loss (nats per token)", fontsize=11, color=_TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.grid(axis="y", color=_GRID, linewidth=0.8)
@@ -306,9 +306,11 @@ def _write_last_evaluation(axes: Axes, rows: Sequence[EvalRow]) -> None:
     if not finite:
         return
     low, high = axes.get_ylim()
+    accuracy = finite[-1].accuracy
+    quality = f"perplexity\n{_short(finite[-1].perplexity)}" if accuracy is None else f"accuracy\n{100 * accuracy:.1f}%"
     # In the margin, where no curve can run through it.
     axes.annotate(
-        f"loss {finite[-1].eval_loss:.3f}\nperplexity\n{_short(finite[-1].perplexity)}",
+        f"loss {finite[-1].eval_loss:.3f}\n{quality}",
         xy=(1.0, min(max(finite[-1].eval_loss, low), high)),
         xycoords=("axes fraction", "data"),
         xytext=(8, 0),

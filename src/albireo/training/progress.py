@@ -357,8 +357,15 @@ def _is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "") not in {"dumb", "unknown"}
 
 
+def _speed(row: TrainRow) -> str:
+    # Where a sample is one term of the loss, tokens are no word for it.
+    if math.isclose(row.tokens_per_second, row.samples_per_second, rel_tol=1e-6):
+        return f"{row.samples_per_second:,.1f} samples/s"
+    return f"{row.tokens_per_second:,.0f} tokens/s"
+
+
 def _numbers(row: TrainRow) -> str:
-    parts = [f"loss {row.loss:.3f}", f"lr {row.lr:.2e}", f"{row.tokens_per_second:,.0f} tokens/s"]
+    parts = [f"loss {row.loss:.3f}", f"lr {row.lr:.2e}", _speed(row)]
     if row.device_peak_bytes:
         parts.append(f"device {format_bytes(row.device_peak_bytes)}")
     parts.append(f"host {format_bytes(row.host_peak_bytes)}")

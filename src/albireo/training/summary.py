@@ -193,7 +193,9 @@ def _lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if summary["step_seconds"] is not None:
         lines.append(("step time", f"{summary['step_seconds']:.3g} s (median)"))
     if summary["samples_per_second"] is not None and summary["tokens_per_second"] is not None:
-        rates = f"{summary['samples_per_second']:,.4g} samples/s, {summary['tokens_per_second']:,.0f} tokens/s"
+        rates = f"{summary['samples_per_second']:,.4g} samples/s"
+        if not math.isclose(summary["tokens_per_second"], summary["samples_per_second"], rel_tol=1e-6):
+            rates += f", {summary['tokens_per_second']:,.0f} tokens/s"
         lines.append(("speed", rates))
     if summary["compile_seconds"] is not None:
         lines.append(("compiling", f"{summary['compile_seconds']:.3g} s"))

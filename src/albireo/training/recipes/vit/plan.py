@@ -85,7 +85,18 @@ class PicturePlan(ModelPlan):
 
     def build(self, data: RunData, config: RunConfig, device: torch.device) -> tuple[PreTrainedModel, list[str]]:
         """See the base class: the head is a new one where the classes are others than the model's own."""
-        classes = _classes(data)
+        return self.build_for(_classes(data), config, device)
+
+    def build_for(
+        self, classes: tuple[str, ...], config: RunConfig, device: torch.device
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """Build the model on a device; see `build`.
+
+        Args:
+            classes: the names of what it tells apart.
+            config: seed, dropout and adapter.
+            device: where.
+        """
         model_config = self._config(classes, config)
         model = build_model(
             self.choice,
