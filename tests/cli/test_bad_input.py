@@ -356,7 +356,7 @@ def test_a_cap_that_cannot_do_is_refused_with_the_least_that_does(
     ("arguments", "words"),
     [
         ("tran", ("'tran'", "train", "bench", "albireo --help")),
-        ("train vit", ("'vit'", "opt", "albireo train --help")),
+        ("train vti", ("'vti'", "opt", "albireo train --help")),
         ("train opt --resume ''", ("--resume is empty",)),
         ("train opt --output ''", ("--output is empty",)),
         ("train opt --config ''", ("--config is empty",)),

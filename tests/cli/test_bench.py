@@ -49,7 +49,7 @@ def test_a_small_measurement(train_server: TrainServer, tmp_path: Path) -> None:
         ("--steps 0", ("--steps", "0")),
         ("--warmup 0", ("--warmup", "0")),
         ("--rounds 0", ("--rounds", "0")),
-        ("--adapters qlora", ("--adapters knows none, lora, not 'qlora'",)),
+        ("--adapters qlora", ("--adapters knows none, lora, qlora8, qlora4, not 'qlora'",)),
         ("--rounds many", ("--rounds", "many")),
         ("--output ''", ("--output is empty",)),
         ("--modles tiny", ("--modles", "--models", "albireo bench opt --help")),

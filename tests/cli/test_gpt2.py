@@ -182,7 +182,7 @@ WRONG = [
     ("--data {data} --model 125m", ("there is no model '125m'", "124m")),
     ("--data {data} --model {opt_model}", ("is of type 'opt'", "albireo train opt")),
     ("--data {data} --lora-rank 4", ("--lora-rank is for --adapter lora",)),
-    ("--data {data} --adapter qlora4", ("qlora4", "lora")),
+    ("--data {data} --adapter qlora16", ("qlora16", "lora")),
     ("--data {data} --adapter lora --lora-rank 0", ("--lora-rank",)),
     ("--data {data} --adapter lora --lora-targets q_proj", ("no module 'q_proj'", "c_attn")),
     ("--data {data} --adapter lora --lora-targets lm_head", ("lm_head is a Linear, which can have no adapter",)),
@@ -218,7 +218,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
         ("train gpt2 --resume {run} --lora-rank 3", ("--lora-rank 3 cannot go on", "begun with 2")),
         ("train gpt2 --resume {run} --adapter none", ("--adapter none cannot go on",)),
         ("train opt --resume {run}", ("is for the recipe 'gpt2', and this is 'opt'",)),
-        ("train vit", ("gpt2, opt",)),
+        ("train vti", ("'vti'", "gpt2", "opt")),
         ("verify gpt2 --model tiny --adapter lora --lora-dropout 0.1", ("--lora-dropout 0.1", "leave it out")),
     ],
 )

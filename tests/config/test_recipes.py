@@ -42,8 +42,8 @@ def test_an_option_of_another_recipe_is_refused() -> None:
         config_from_mapping({"data": {"text_field": "a"}}, where="mine.json", base=RunConfig.of("gpt2"))
     with pytest.raises(ConfigError, match="model of the recipe 'gpt2' is a Gpt2ModelConfig"):
         RunConfig("gpt2", data=TextConfig())
-    with pytest.raises(ConfigError, match="a recipe is one of opt, gpt2, not 'vit'"):
-        RunConfig.of("vit")
+    with pytest.raises(ConfigError, match="a recipe is one of opt, gpt2, vit, not 'vti'"):
+        RunConfig.of("vti")
 
 
 def test_gpt2s_defaults() -> None:

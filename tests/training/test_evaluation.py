@@ -23,6 +23,7 @@ from albireo.optim import adamw, decay_groups
 from albireo.plugins import ModelWrapper, TorchDDPPlugin
 from albireo.training.causal_lm import CausalLanguageModel
 from albireo.training.evaluation import evaluate
+from albireo.training.recipe import Evaluation
 from albireo.training.session import Session
 
 CPU = torch.device("cpu")
@@ -147,7 +148,7 @@ def test_batches_are_pinned_for_a_gpu_alone(device: str) -> None:
     nothing = SimpleNamespace(drain=lambda: None, start_clock=lambda: None, evaluation=lambda *_: None)
     session: Any = SimpleNamespace(
         config=SimpleNamespace(schedule=SimpleNamespace(eval_every=1)),
-        recipe=SimpleNamespace(evaluate=lambda *_: 1.0),
+        recipe=SimpleNamespace(evaluate=lambda *_: Evaluation(1.0)),
         _evaluated_step=-1,
         step=0,
         recorder=nothing,

@@ -80,8 +80,11 @@ def test_a_model_goes_on_where_the_classes_are_its_own_and_gets_a_new_head_where
     assert losses(tmp_path / "gemini") == losses(tmp_path / "torch_ddp")
 
 
-@pytest.mark.parametrize("way", [{}, {"plugin": "gemini"}, AWAY], ids=["plain", "gemini", "gemini away"])
-@pytest.mark.parametrize("adapter", ["none", "lora"])
+@pytest.mark.parametrize(
+    ("adapter", "way"),
+    [("none", {}), ("none", {"plugin": "gemini"}), ("none", AWAY), ("lora", AWAY)],
+    ids=["plain", "gemini", "gemini away", "adapter, gemini away"],
+)
 def test_a_run_that_was_stopped_goes_on_to_the_bits_of_one_that_never_was(
     options: dict[str, Any], tmp_path: Path, adapter: str, way: dict[str, Any]
 ) -> None:
