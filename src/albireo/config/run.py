@@ -112,7 +112,7 @@ class PluginConfig:
     stream_optim_frac: float | None = option(
         None,
         "gemini: of the optimizer states in host memory, the share that comes to the GPU to be stepped there, and goes back. "
-        "Default: with auto, where steps wait for the gradient's norm, as much as makes them quicker; else none.",
+        "Default: none.",
         minimum=0,
         maximum=1,
     )

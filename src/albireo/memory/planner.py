@@ -115,9 +115,10 @@ class Planner:
             OutOfMemoryError: no placement can work.
         """
         share, device = self.policy.stream_optim_frac, self.limits.device
-        if share is None:
+        if not share:
             plain = self._place(trace, device, accumulates=accumulates)
-            if self.policy.kind == "static" or not may_stream or not self._on_host(plain):
+            never = share is not None or self.policy.kind == "static" or not may_stream
+            if never or not self._on_host(plain):
                 return plain
         ring = ring_bytes(max(sizes.numel // sizes.ranks for sizes in self._sizes))
         try:

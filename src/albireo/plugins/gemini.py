@@ -84,7 +84,8 @@ class GeminiPlugin(PartsPlugin):
         trace: a folder, which gets the timeline of one step, once nothing is decided any more, as a picture and as JSON; None:
             nothing is traced.
         stream_optim_frac: of the optimizer states that are in host memory, the share that comes to the device to be stepped
-            there, and goes back; None: with "auto" as much as makes steps quicker that wait for the gradient's norm, else none.
+            there, and goes back; None: none; "auto": with a placement that is decided by itself, as much as makes steps quicker
+            that wait for the gradient's norm.
 
     Raises:
         ConfigError: an option has no such value.
@@ -116,7 +117,7 @@ class GeminiPlugin(PartsPlugin):
         hysteresis: int = 2,
         max_scale: float = 2.0**32,
         trace: str | Path | None = None,
-        stream_optim_frac: float | None = None,
+        stream_optim_frac: float | Literal["auto"] | None = None,
     ) -> None:
         if not master_weights:
             raise ConfigError("fp32 weights are always kept: leave master_weights=True")
@@ -131,10 +132,11 @@ class GeminiPlugin(PartsPlugin):
                 raise ConfigError(f"{what} is more than 0, or None for no cap, not {cap}")
         self.take_precision(precision, default="fp16")
         self._policy = _policy(placement_policy, shard_param_frac, offload_optim_frac, offload_param_frac, max_prefetch)
-        if stream_optim_frac is not None:
-            if not 0 <= stream_optim_frac <= 1:
-                raise ConfigError(f"stream_optim_frac is a share from 0 to 1, not {stream_optim_frac:g}")
-            self._policy = dataclasses.replace(self._policy, stream_optim_frac=stream_optim_frac)
+        if stream_optim_frac != "auto":
+            share = stream_optim_frac or 0.0
+            if not 0 <= share <= 1:
+                raise ConfigError(f"stream_optim_frac is a share from 0 to 1, or 'auto', not {share:g}")
+            self._policy = dataclasses.replace(self._policy, stream_optim_frac=share)
         self._scale = LossScalePolicy(
             initial_scale, min_scale, max_scale, growth_factor, backoff_factor, growth_interval, hysteresis
         )
