@@ -7,7 +7,7 @@ import pytest
 from albireo.bench import Case, CaseResult, measure
 from albireo.device import read_host_memory
 
-SYSTEMS = ("albireo", "plain", "fsdp2")
+SYSTEMS = ("albireo", "plain", "ddp", "fsdp2", "accelerate")
 TOO_MUCH_BYTES = 66e9 * 16
 
 
@@ -35,6 +35,8 @@ def test_a_case_is_measured(results: dict[str, CaseResult], system: str) -> None
     assert result.host_peak_bytes is not None
     assert 2**26 < result.host_peak_bytes < 2**36
     assert {"python", "torch", "transformers", "device"} <= result.versions.keys()
+    assert result.model_tflops is not None
+    assert 0 < result.model_tflops < 10
 
 
 def test_all_systems_begin_with_the_same_weights_and_tokens(results: dict[str, CaseResult]) -> None:

@@ -11,12 +11,14 @@ from typing import Any, Literal
 from albireo.errors import ConfigError
 from albireo.training.metrics import finite_or_none
 
-__all__ = ["OURS", "SYSTEMS", "Case", "CaseResult"]
+__all__ = ["OURS", "PEERS", "SYSTEMS", "Case", "CaseResult", "default_precision"]
 
 # Ours by name, and what each adds to the options of `albireo train`.
 OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "albireo": {"plugin": "torch_ddp"},
+        "torch_ddp": {"plugin": "torch_ddp"},
+        "torch_ddp_fp16": {"plugin": "torch_ddp_fp16"},
         "low_level_zero": {"plugin": "low_level_zero"},
         "low_level_zero_offload": {"plugin": "low_level_zero", "cpu_offload": True},
         "gemini": {"plugin": "gemini"},
@@ -26,14 +28,30 @@ OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "torch_fsdp_offload": {"plugin": "torch_fsdp", "cpu_offload": True},
     }
 )
-_REFERENCES = ("plain", "fsdp2")
+_REFERENCES = ("plain", "ddp", "fsdp2", "accelerate")
 _COMPILED = "_compiled"
+# Those whose weights are fp32 and compute in fp32 where nothing is said; the others are made for 16 bits.
+_IN_FP32 = frozenset({"albireo", "torch_ddp", "plain", "ddp", "accelerate"})
 SYSTEMS = tuple(
     name + compiled
     for name in (*OURS, *_REFERENCES)
     for compiled in ("", _COMPILED)
-    if name + compiled != "plain" + _COMPILED
+    if not compiled or name in OURS or name == "fsdp2"
 )
+# Other people's ways, as their users run them.
+PEERS = tuple(system for system in SYSTEMS if system.removesuffix(_COMPILED) in _REFERENCES)
+
+
+def default_precision(system: str) -> str:
+    """Return what a system computes in where nobody says: fp32 for plain data parallelism, else 16 bits.
+
+    Args:
+        system: one of `SYSTEMS`.
+    """
+    name = system.removesuffix(_COMPILED)
+    if name == "torch_ddp_fp16":
+        return "fp16"
+    return "fp32" if name in _IN_FP32 else "bf16"
 
 
 @dataclass(frozen=True)
@@ -41,8 +59,9 @@ class Case:
     """What is measured.
 
     Attributes:
-        system: "albireo" (its plain plugin) or another of its plugins by name; or a reference: "plain" (a hand-written
-            PyTorch loop with autocast) or "fsdp2"; with "_compiled" behind it where blocks are compiled.
+        system: one of our plugins by name ("albireo" is its plain one); or a reference: "plain" (a hand-written PyTorch
+            loop with autocast), "ddp" (the same under DistributedDataParallel), "fsdp2" or "accelerate"; with "_compiled"
+            behind it where blocks are compiled.
         model: a size of the recipe's family.
         batch_size: samples per rank and step.
         precision: "fp32", "fp16" or "bf16".
@@ -53,7 +72,8 @@ class Case:
         tf32: fp32 products in TF32, for every system alike.
         seed: decides the weights and the tokens.
         recipe: what is trained.
-        adapter: "none", or "lora" with the recipe's defaults.
+        adapter: "none", or another of the recipe's with its defaults.
+        mem_cap: the most GB (2**30 bytes) of the device that the process may take, by the driver's count; 0: no bound.
     """
 
     system: str
@@ -68,6 +88,7 @@ class Case:
     seed: int = 42
     recipe: str = "opt"
     adapter: str = "none"
+    mem_cap: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
@@ -76,6 +97,12 @@ class Case:
         for name in ("batch_size", "sequence_length", "steps", "warmup"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.ours is None and self.adapter not in ("none", "lora"):
+            raise ConfigError(
+                f"{self.system} knows the adapters none and lora, not {self.adapter!r}: measure ours with it"
+            )
+        if self.system.startswith("fsdp2") and self.precision == "fp16":
+            raise ConfigError(f"{self.system} has no loss scale, and fp16 needs one: take bf16 or fp32")
 
     @property
     def compiled(self) -> bool:
@@ -120,6 +147,9 @@ class CaseResult:
         host_peak_bytes: the process's largest resident memory.
         first_loss: the loss of the first step.
         last_loss: the loss of the last step.
+        model_tflops: 10**12 operations a second that the model's own products take: 6 a parameter and token, those of
+            embeddings that are looked up included, recomputation not.
+        rounds: how many rounds this is the median of.
         versions: of python, torch and transformers, and the device's name.
     """
 
@@ -136,6 +166,8 @@ class CaseResult:
     host_peak_bytes: int | None = None
     first_loss: float | None = None
     last_loss: float | None = None
+    model_tflops: float | None = None
+    rounds: int = 1
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,16 +31,24 @@ def measure(case: Case, *, timeout_seconds: float = 600.0) -> CaseResult:
         folder = Path(name)
         (folder / "case.json").write_text(json.dumps(case.mapping()))
         command = [sys.executable, "-m", "albireo.bench.worker", str(folder)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=False)
-        except subprocess.TimeoutExpired:
-            return CaseResult(case, "failed", error=f"not done after {timeout_seconds:g} s")
+        # A session of its own, so that what the case has started itself ends with it.
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as child:
+            try:
+                _, errors = child.communicate(timeout=timeout_seconds)
+            except subprocess.TimeoutExpired:
+                return CaseResult(case, "failed", error=f"not done after {timeout_seconds:g} s")
+            finally:
+                # Also where this process is interrupted.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
         result = folder / "result.json"
         if result.exists():
             return _read(case, json.loads(result.read_text()))
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = [line for line in errors.splitlines() if line.strip()]
         reason = lines[-1] if lines else "without a word"
-        return CaseResult(case, "failed", error=f"ended with exit code {done.returncode}: {reason}")
+        return CaseResult(case, "failed", error=f"ended with exit code {child.returncode}: {reason}")
 
 
 def _read(case: Case, values: dict[str, Any]) -> CaseResult:

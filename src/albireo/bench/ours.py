@@ -38,6 +38,7 @@ def measure_albireo(case: Case) -> CaseResult:
             "save_every": 0,
             "seed": case.seed,
             "adapter": case.adapter,
+            "mem_cap": case.mem_cap,
         }
         plan = plan_run(recipe=case.recipe, options=options, output=Path(name) / "run")
         folder = plan.make_folder()

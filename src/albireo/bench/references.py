@@ -1,4 +1,4 @@
-"""Loops as a careful user writes them by hand, in plain PyTorch and in FSDP2: what Albireo is measured against.
+"""Loops as a careful user writes them by hand, in plain PyTorch, DDP, FSDP2 and accelerate: what Albireo is measured against.
 
 They use nothing of Albireo but the weights and the tokens, which are the same for every system.
 """
@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import PreTrainedModel
 
 from albireo.bench.case import Case
@@ -23,7 +24,7 @@ _Step = Callable[[int], torch.Tensor]
 _Tokens = Callable[[int], torch.Tensor]
 
 
-def _decay_groups(model: PreTrainedModel) -> list[dict[str, object]]:
+def _decay_groups(model: nn.Module) -> list[dict[str, object]]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.01},
@@ -31,10 +32,7 @@ def _decay_groups(model: PreTrainedModel) -> list[dict[str, object]]:
     ]
 
 
-@contextmanager
-def _plain(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
-    """Autocast over fp32 weights, fused AdamW, the loss scaled in fp16, clipping: as `torch_ddp` on one GPU."""
-    device = model.device
+def _plain_step(case: Case, model: nn.Module, tokens: _Tokens, device: torch.device) -> _Step:
     optimizer = torch.optim.AdamW(_decay_groups(model), lr=5e-5, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=case.precision == "fp16")
     autocast = nullcontext() if case.precision == "fp32" else torch.autocast(device.type, dtype=_DTYPES[case.precision])
@@ -52,15 +50,52 @@ def _plain(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Ste
         result: torch.Tensor = loss.detach()
         return result
 
+    return step
+
+
+@contextmanager
+def _plain(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
+    """Autocast over fp32 weights, fused AdamW, the loss scaled in fp16, clipping: as `torch_ddp` on one GPU."""
+    yield _plain_step(case, model, tokens, model.device)
+
+
+@contextmanager
+def _ddp(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
+    """The same under torch's DistributedDataParallel, with its settings that cost least."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    device = model.device
+    with _alone(device):
+        wrapped = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+        yield _plain_step(case, wrapped, tokens, device)
+
+
+@contextmanager
+def _accelerate(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
+    """Hugging Face's accelerate, as its examples have it."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="no" if case.precision == "fp32" else case.precision)
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(_decay_groups(model), lr=5e-5, fused=True))
+
+    def step(number: int) -> torch.Tensor:
+        ids = tokens(number)
+        loss = wrapped(input_ids=ids, labels=ids, use_cache=False).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        result: torch.Tensor = loss.detach()
+        return result
+
     yield step
 
 
 @contextmanager
-def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
-    """FSDP2 over one rank: 16-bit compute copies of fp32 weights, gradients reduced in fp32, as its users run it."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    device = model.device
+def _alone(device: torch.device) -> Iterator[None]:
+    """A process group of this process."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -69,6 +104,17 @@ def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Ste
         world_size=1,
     )
     try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
+    """FSDP2 over one rank: 16-bit compute copies of fp32 weights, gradients reduced in fp32, as its users run it."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    with _alone(model.device):
         policy = MixedPrecisionPolicy(param_dtype=_DTYPES[case.precision], reduce_dtype=torch.float32)
         for _, block in family_of(model.config.model_type).blocks(model):
             if case.compiled:
@@ -88,9 +134,9 @@ def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Ste
             return result
 
         yield step
-    finally:
-        dist.destroy_process_group()
 
 
 _Reference = Callable[[Case, PreTrainedModel, _Tokens], AbstractContextManager[_Step]]
-REFERENCES: Mapping[str, _Reference] = MappingProxyType({"plain": _plain, "fsdp2": _fsdp2, "fsdp2_compiled": _fsdp2})
+REFERENCES: Mapping[str, _Reference] = MappingProxyType(
+    {"plain": _plain, "ddp": _ddp, "accelerate": _accelerate, "fsdp2": _fsdp2, "fsdp2_compiled": _fsdp2}
+)

@@ -15,7 +15,7 @@ from albireo.bench.ours import measure_albireo
 from albireo.bench.references import REFERENCES
 from albireo.bench.timing import time_steps
 from albireo.data import RandomTokens, samples_at
-from albireo.device import select_device
+from albireo.device import apply_device_cap, select_device
 from albireo.errors import AlbireoError, OutOfMemoryError
 from albireo.models import FAMILIES, build_model, configure_model, enable_activation_checkpointing, resolve_model
 from albireo.training.language_data import RANDOM_BLOCKS
@@ -37,9 +37,8 @@ def run_case(case: Case) -> CaseResult:
     torch.backends.cuda.matmul.allow_tf32 = case.tf32
     torch.backends.cudnn.allow_tf32 = case.tf32
     try:
-        if case.ours is not None:
-            return measure_albireo(case)
-        return _measure_reference(case)
+        result = measure_albireo(case) if case.ours is not None else _measure_reference(case)
+        return dataclasses.replace(result, model_tflops=_model_tflops(case, result))
     except AlbireoError as error:
         # Its one line is the reason; the last line of a traceback would put the class's name before it.
         return CaseResult(case, "out_of_memory" if isinstance(error, OutOfMemoryError) else "failed", error=str(error))
@@ -49,8 +48,19 @@ def run_case(case: Case) -> CaseResult:
         raise
 
 
+def _model_tflops(case: Case, result: CaseResult) -> float | None:
+    """Return what the model's products come to; None for adapters, which skip some of them."""
+    if case.adapter != "none" or result.tokens_per_second is None:
+        return None
+    choice = resolve_model(case.model, FAMILIES[case.recipe])
+    config, _ = configure_model(choice, init="random", sequence_length=case.sequence_length)
+    return 6 * choice.family.count_parameters(config) * result.tokens_per_second / 1e12
+
+
 def _measure_reference(case: Case) -> CaseResult:
     device = select_device(0)
+    if case.mem_cap > 0 and device.type == "cuda":
+        apply_device_cap(device, int(case.mem_cap * 2**30))
     choice = resolve_model(case.model, FAMILIES[case.recipe])
     config, _ = configure_model(choice, init="random", sequence_length=case.sequence_length)
     model = build_model(choice, config, init="random", seed=case.seed, device=device)

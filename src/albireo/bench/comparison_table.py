@@ -1,0 +1,31 @@
+"""Two benches beside each other, in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from albireo.bench.compare import Pair
+
+__all__ = ["print_comparison"]
+
+
+def print_comparison(pairs: Sequence[Pair]) -> None:
+    """Print a row a pair: samples a second, their ratio, and memory at the peak in GB."""
+    table = Table("measured", "A samples/s", "B samples/s", "B / A", "A GB", "B GB")
+    for pair in pairs:
+        table.add_row(
+            pair.name,
+            _number(pair.before),
+            _number(pair.after),
+            _number(pair.ratio, digits=3),
+            _number(pair.memory_before, 2**-30),
+            _number(pair.memory_after, 2**-30),
+        )
+    Console().print(table)
+
+
+def _number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:
+    return "" if value is None else f"{value * factor:,.{digits}f}"
