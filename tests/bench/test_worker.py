@@ -43,3 +43,28 @@ def test_ours_and_plain_begin_alike_on_instructions_models(adapter: str) -> None
     assert ours.first_loss == pytest.approx(plain.first_loss, rel=1e-5)
     assert ours.last_loss == pytest.approx(plain.last_loss, rel=1e-2)
     assert ours.row()["adapter"] == adapter
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_ours_and_plain_begin_alike_on_pictures(adapter: str) -> None:
+    ours, plain = (
+        run_case(
+            Case(
+                recipe="vit",
+                system=system,
+                model="tiny",
+                adapter=adapter,
+                batch_size=4,
+                precision="fp32",
+                steps=2,
+                warmup=1,
+            )
+        )
+        for system in ("albireo", "plain")
+    )
+    assert (ours.status, plain.status) == ("ok", "ok"), (ours, plain)
+    # The same weights and the same pictures.
+    assert ours.first_loss == pytest.approx(plain.first_loss, rel=1e-5)
+    assert ours.last_loss == pytest.approx(plain.last_loss, rel=3e-2)
+    assert (ours.tokens_per_second, ours.model_tflops) == (None, None)
+    assert ours.samples_per_second

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -511,3 +514,29 @@ def test_threads_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> No
     with HostStepper(HybridAdam(parameters()), compiled=False) as host:
         assert host.threads == 3
         assert isinstance(host._worker.kernel, TorchKernel)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_process_that_was_forked_leaves_the_stepper_alone() -> None:
+    # As workers of a DataLoader are, in which the threads do not run: to wait for them would be to wait for ever.
+    mine = parameters((64,))
+    stepper = HostStepper(HybridAdam(mine))
+    with stepper.open() as ticket:
+        ticket.submit(mine[0], gradients(mine)[0])
+    stepper.flush()
+    child = os.fork()
+    if child == 0:
+        del stepper
+        gc.collect()
+        os._exit(0)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if ended == (0, 0):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+    # It goes on here.
+    with stepper.open() as ticket:
+        ticket.submit(mine[0], gradients(mine)[0])
+    stepper.close()

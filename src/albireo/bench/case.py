@@ -65,12 +65,12 @@ class Case:
         model: a size of the recipe's family.
         batch_size: samples per rank and step.
         precision: "fp32", "fp16" or "bf16".
-        sequence_length: tokens in a sample.
+        sequence_length: tokens in a sample; nothing to the recipe vit.
         steps: steps that are timed.
         warmup: steps before them that are not.
         checkpointing: activation checkpointing.
         tf32: fp32 products in TF32, for every system alike.
-        seed: decides the weights and the tokens.
+        seed: decides the weights, and the tokens or the pictures.
         recipe: what is trained.
         adapter: "none", or another of the recipe's with its defaults.
         mem_cap: the most GB (2**30 bytes) of the device that the process may take, by the driver's count; 0: no bound.
@@ -119,6 +119,10 @@ class Case:
         """Albireo's plugin; the references have none."""
         return "" if self.ours is None else str(self.ours["plugin"])
 
+    def tokens_per_second(self, step_seconds: float) -> float | None:
+        """Return how many tokens a second steps of such a length come to; None for what has none."""
+        return None if self.recipe == "vit" else self.batch_size * self.sequence_length / step_seconds
+
     def mapping(self) -> dict[str, Any]:
         """Return the case as JSON values."""
         return dataclasses.asdict(self)
@@ -141,7 +145,7 @@ class CaseResult:
         step_seconds_min: the fastest step.
         step_seconds_max: the slowest step.
         samples_per_second: of all ranks, from the median step.
-        tokens_per_second: of all ranks, from the median step.
+        tokens_per_second: of all ranks, from the median step; None for pictures.
         device_peak_bytes: most that was allocated on the device from the first step on; 0 on a CPU.
         device_reserved_peak_bytes: most that torch's allocator held.
         host_peak_bytes: the process's largest resident memory.

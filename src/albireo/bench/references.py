@@ -1,6 +1,6 @@
 """Loops as a careful user writes them by hand, in plain PyTorch, DDP, FSDP2 and accelerate: what Albireo is measured against.
 
-They use nothing of Albireo but the weights and the tokens, which are the same for every system.
+They use nothing of Albireo but the weights and the batches, which are the same for every system.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from albireo.bench.case import Case
+from albireo.bench.ours import LEARNING_RATE
+from albireo.bench.reference_inputs import Inputs
 from albireo.models import family_of
 
 __all__ = ["REFERENCES"]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _Step = Callable[[int], torch.Tensor]
-_Tokens = Callable[[int], torch.Tensor]
 
 
 def _decay_groups(model: nn.Module) -> list[dict[str, object]]:
@@ -32,15 +33,14 @@ def _decay_groups(model: nn.Module) -> list[dict[str, object]]:
     ]
 
 
-def _plain_step(case: Case, model: nn.Module, tokens: _Tokens, device: torch.device) -> _Step:
-    optimizer = torch.optim.AdamW(_decay_groups(model), lr=5e-5, fused=True)
+def _plain_step(case: Case, model: nn.Module, inputs: Inputs, device: torch.device) -> _Step:
+    optimizer = torch.optim.AdamW(_decay_groups(model), lr=LEARNING_RATE, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=case.precision == "fp16")
     autocast = nullcontext() if case.precision == "fp32" else torch.autocast(device.type, dtype=_DTYPES[case.precision])
 
     def step(number: int) -> torch.Tensor:
-        ids = tokens(number)
         with autocast:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(**inputs(number)).loss
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
@@ -54,13 +54,13 @@ def _plain_step(case: Case, model: nn.Module, tokens: _Tokens, device: torch.dev
 
 
 @contextmanager
-def _plain(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
+def _plain(case: Case, model: PreTrainedModel, inputs: Inputs) -> Iterator[_Step]:
     """Autocast over fp32 weights, fused AdamW, the loss scaled in fp16, clipping: as `torch_ddp` on one GPU."""
-    yield _plain_step(case, model, tokens, model.device)
+    yield _plain_step(case, model, inputs, model.device)
 
 
 @contextmanager
-def _ddp(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
+def _ddp(case: Case, model: PreTrainedModel, inputs: Inputs) -> Iterator[_Step]:
     """The same under torch's DistributedDataParallel, with its settings that cost least."""
     from torch.nn.parallel import DistributedDataParallel
 
@@ -69,20 +69,21 @@ def _ddp(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]
         wrapped = DistributedDataParallel(
             model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
-        yield _plain_step(case, wrapped, tokens, device)
+        yield _plain_step(case, wrapped, inputs, device)
 
 
 @contextmanager
-def _accelerate(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
+def _accelerate(case: Case, model: PreTrainedModel, inputs: Inputs) -> Iterator[_Step]:
     """Hugging Face's accelerate, as its examples have it."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(mixed_precision="no" if case.precision == "fp32" else case.precision)
-    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(_decay_groups(model), lr=5e-5, fused=True))
+    wrapped, optimizer = accelerator.prepare(
+        model, torch.optim.AdamW(_decay_groups(model), lr=LEARNING_RATE, fused=True)
+    )
 
     def step(number: int) -> torch.Tensor:
-        ids = tokens(number)
-        loss = wrapped(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = wrapped(**inputs(number)).loss
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
         optimizer.step()
@@ -110,7 +111,7 @@ def _alone(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Step]:
+def _fsdp2(case: Case, model: PreTrainedModel, inputs: Inputs) -> Iterator[_Step]:
     """FSDP2 over one rank: 16-bit compute copies of fp32 weights, gradients reduced in fp32, as its users run it."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -121,11 +122,10 @@ def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Ste
                 block.compile()
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
-        optimizer = torch.optim.AdamW(_decay_groups(model), lr=5e-5, fused=True)
+        optimizer = torch.optim.AdamW(_decay_groups(model), lr=LEARNING_RATE, fused=True)
 
         def step(number: int) -> torch.Tensor:
-            ids = tokens(number)
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(**inputs(number)).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
             optimizer.step()
@@ -136,7 +136,7 @@ def _fsdp2(case: Case, model: PreTrainedModel, tokens: _Tokens) -> Iterator[_Ste
         yield step
 
 
-_Reference = Callable[[Case, PreTrainedModel, _Tokens], AbstractContextManager[_Step]]
+_Reference = Callable[[Case, PreTrainedModel, Inputs], AbstractContextManager[_Step]]
 REFERENCES: Mapping[str, _Reference] = MappingProxyType(
     {"plain": _plain, "ddp": _ddp, "accelerate": _accelerate, "fsdp2": _fsdp2, "fsdp2_compiled": _fsdp2}
 )

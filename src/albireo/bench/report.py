@@ -99,7 +99,7 @@ def combine(results: Sequence[CaseResult]) -> CaseResult:
         step_seconds_min=min(values("step_seconds_min")),
         step_seconds_max=max(values("step_seconds_max")),
         samples_per_second=case.batch_size / seconds,
-        tokens_per_second=case.batch_size * case.sequence_length / seconds,
+        tokens_per_second=case.tokens_per_second(seconds),
         model_tflops=_scaled(results[0].model_tflops, (results[0].step_seconds or seconds) / seconds),
         rounds=len(results),
         **{name: max(values(name)) for name in ("device_peak_bytes", "device_reserved_peak_bytes", "host_peak_bytes")},

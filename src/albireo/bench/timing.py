@@ -56,7 +56,7 @@ def result_of(
         step_seconds_min=min(seconds),
         step_seconds_max=max(seconds),
         samples_per_second=case.batch_size / median,
-        tokens_per_second=case.batch_size * case.sequence_length / median,
+        tokens_per_second=case.tokens_per_second(median),
         device_peak_bytes=peaks.device_peak_bytes,
         device_reserved_peak_bytes=peaks.device_reserved_peak_bytes,
         host_peak_bytes=peaks.host_peak_bytes,

@@ -9,16 +9,14 @@ from pathlib import Path
 
 import torch
 
-from albireo.adapters import LoraPlan, attach_lora
 from albireo.bench.case import Case, CaseResult
 from albireo.bench.ours import measure_albireo
+from albireo.bench.reference_inputs import reference_inputs
 from albireo.bench.references import REFERENCES
 from albireo.bench.timing import time_steps
-from albireo.data import RandomTokens, samples_at
 from albireo.device import apply_device_cap, select_device
 from albireo.errors import AlbireoError, OutOfMemoryError
-from albireo.models import FAMILIES, build_model, configure_model, enable_activation_checkpointing, resolve_model
-from albireo.training.language_data import RANDOM_BLOCKS
+from albireo.models import FAMILIES, configure_model, resolve_model
 from albireo.training.memory_needs import is_out_of_memory
 
 __all__ = ["run_case"]
@@ -61,23 +59,8 @@ def _measure_reference(case: Case) -> CaseResult:
     device = select_device(0)
     if case.mem_cap > 0 and device.type == "cuda":
         apply_device_cap(device, int(case.mem_cap * 2**30))
-    choice = resolve_model(case.model, FAMILIES[case.recipe])
-    config, _ = configure_model(choice, init="random", sequence_length=case.sequence_length)
-    model = build_model(choice, config, init="random", seed=case.seed, device=device)
-    if case.adapter == "lora":
-        # peft's own layers, as its users have them.
-        attach_lora(
-            model, LoraPlan(rank=8, alpha=16.0, dropout=0.0, targets=choice.family.lora_targets), seed=case.seed
-        )
-    if case.checkpointing:
-        enable_activation_checkpointing(model, preserve_rng_state=False)
-    data = RandomTokens(RANDOM_BLOCKS, case.sequence_length, model.config.vocab_size, case.seed)
-
-    def tokens(number: int) -> torch.Tensor:
-        rows = samples_at(number * case.batch_size, case.batch_size, RANDOM_BLOCKS, case.seed)
-        return torch.stack([data[int(row)]["input_ids"] for row in rows]).to(device, non_blocking=True)
-
-    with REFERENCES[case.system](case, model, tokens) as step:
+    model, inputs = reference_inputs(case, device)
+    with REFERENCES[case.system](case, model, inputs) as step:
         return time_steps(case, device, step)
 
 

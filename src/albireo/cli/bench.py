@@ -19,13 +19,13 @@ __all__ = ["bench"]
 _EXAMPLES = """
 \b
 Examples:
-  albireo bench {recipe} --models tiny --batch-sizes 1,2 --steps 3 --sequence-length 128
+  albireo bench {recipe} --models tiny --batch-sizes 1,2 --steps 3
   albireo bench {recipe} --models {model} --batch-sizes 8,32 --precisions bf16,fp16,fp32 --output runs/bench
   albireo bench {recipe} --models {model} --plugins torch_ddp,low_level_zero,gemini --peers fsdp2,accelerate --rounds 3
   albireo bench compare runs/before runs/after --fail-under 0.95
 """
 # A published size of each recipe, for the example.
-_MODELS = {"opt": "125m", "gpt2": "124m"}
+_MODELS = {"opt": "125m", "gpt2": "124m", "vit": "base"}
 
 
 @click.group(cls=NamedGroup, help="Measure speed and memory: `albireo bench opt --help`.")
@@ -52,9 +52,6 @@ def _command(recipe: str) -> click.Command:
     @click.option(
         "--precisions",
         help="fp32, fp16, bf16. Default: fp32 for plain data parallelism, fp16 for torch_ddp_fp16, else bf16.",
-    )
-    @click.option(
-        "--sequence-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens in a sample."
     )
     @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps that are timed.")
     @click.option(
@@ -98,6 +95,10 @@ def _command(recipe: str) -> click.Command:
         if all(result.status != "ok" for result in results):
             raise click.exceptions.Exit(1)
 
+    if recipe != "vit":
+        command = click.option(
+            "--sequence-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Tokens in a sample."
+        )(command)
     return command
 
 
@@ -125,7 +126,6 @@ def compare_benches(first: str, second: str, fail_under: float | None) -> None:
         raise click.exceptions.Exit(1)
 
 
-# What is measured is read off token ids.
 for _recipe in _MODELS:
     bench.add_command(_command(_recipe))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class HostWorker:
 
     def __init__(self, kernel: HostKernel) -> None:
         self.kernel = kernel
+        self._process = os.getpid()
         # None ends a queue.
         self._waiting: SimpleQueue[WorkItem | None] = SimpleQueue()
         self._begun: SimpleQueue[WorkItem | None] = SimpleQueue()
@@ -108,6 +110,10 @@ class HostWorker:
 
     def end(self) -> None:
         """Let the threads finish what they have, and wait for them."""
+        if os.getpid() != self._process:
+            # Forked, as workers of a DataLoader are: the threads are the other process's, and what they wait on cannot
+            # be taken down here.
+            return
         self._waiting.put(None)
         for thread in self._threads:
             thread.join()
