@@ -146,7 +146,8 @@ def test_a_plan_as_data_says_of_frozen_chunks_that_nothing_steps_them() -> None:
 
 
 def large(device_gb: float | None, **policy: object) -> Planner:
-    """Return a planner of 2.6 G parameters in bf16, in 64 chunks and a root."""
+    """Return a planner of 2.6 G parameters in bf16, in 64 chunks and a root, that decides by itself what is streamed."""
+    policy = {"stream_optim_frac": None, **policy}
     sizes = [ChunkSizes(128 * MB, 1, torch.bfloat16, trained=True, is_root=True)]
     sizes += [ChunkSizes(38 * MB, 1, torch.bfloat16, trained=True, is_root=False) for _ in range(64)]
     limit = None if device_gb is None else int(device_gb * 2**30)
@@ -175,9 +176,10 @@ def test_states_are_streamed_where_steps_wait_for_backward_and_the_device_lacks_
 
 
 @pytest.mark.parametrize(
-    ("device_gb", "policy"), [(None, {}), (60, {}), (16, {"kind": "static", "offload_optim_frac": 1.0})]
+    ("device_gb", "policy"),
+    [(None, {}), (60, {}), (16, {"kind": "static", "offload_optim_frac": 1.0}), (16, {"stream_optim_frac": 0.0})],
 )
-def test_where_all_fits_or_shares_are_given_nothing_is_streamed_by_itself(
+def test_where_all_fits_or_shares_are_given_or_nobody_asks_nothing_is_streamed(
     device_gb: float | None, policy: dict[str, object]
 ) -> None:
     made = large(device_gb, **policy)

@@ -41,7 +41,7 @@ class PlacementPolicy:
     offload_param_frac: float = 0.0
     shard_param_frac: float = 1.0
     prefetch: int = 2
-    stream_optim_frac: float | None = None
+    stream_optim_frac: float | None = 0.0
 
 
 @dataclass(frozen=True)
