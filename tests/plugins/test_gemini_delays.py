@@ -117,14 +117,14 @@ def outcome(options: dict[str, Any], clip: float, steps: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("steps", [30, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("steps", [15, pytest.param(1000, marks=pytest.mark.full)])
 def test_random_times_change_no_bit(way: str, steps: int) -> None:
     options, clip = WAYS[way]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     wanted = outcome(options, clip, steps)
     torch.set_num_threads(threads)
-    for seed in range(2):
+    for seed in range(2 if steps > 100 else 1):
         with random_times(seed) as restless:
             got = outcome(options, clip, steps)
             # Some of it ran before anybody waited.
