@@ -11,7 +11,7 @@ from typing import Any, Literal
 from albireo.errors import ConfigError
 from albireo.training.metrics import finite_or_none
 
-__all__ = ["OURS", "PEERS", "SYSTEMS", "Case", "CaseResult", "default_precision"]
+__all__ = ["OURS", "PEERS", "SYSTEMS", "Case", "CaseResult", "default_precision", "name_of"]
 
 # Ours by name, and what each adds to the options of `albireo train`.
 OURS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -52,6 +52,17 @@ def default_precision(system: str) -> str:
     if name == "torch_ddp_fp16":
         return "fp16"
     return "fp32" if name in _IN_FP32 else "bf16"
+
+
+def name_of(case: Mapping[str, Any]) -> str:
+    """Return what a person calls a case.
+
+    Args:
+        case: as `Case.mapping` has it, or a row; older ones lack recipe and adapter.
+    """
+    adapter = "" if case.get("adapter", "none") == "none" else f" {case['adapter']}"
+    recipe, size = case.get("recipe", "opt"), case["batch_size"]
+    return f"{case['system']} {recipe} {case['model']}{adapter} batch {size} {case['precision']}"
 
 
 @dataclass(frozen=True)

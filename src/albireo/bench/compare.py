@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from albireo.bench.case import name_of
 from albireo.errors import ConfigError, RunFolderError
 
 __all__ = ["Pair", "compare", "read_rows"]
@@ -98,8 +99,6 @@ def _measured(row: Mapping[str, Any]) -> tuple[float | None, int | None]:
 
 
 def _pair(one: Mapping[str, Any], other: Mapping[str, Any]) -> Pair:
-    adapter = "" if one.get("adapter", "none") == "none" else f" {one['adapter']}"
-    name = f"{one['system']} {one.get('recipe', 'opt')} {one['model']}{adapter} batch {one['batch_size']} {one['precision']}"
     before, memory_before = _measured(one)
     after, memory_after = _measured(other)
-    return Pair(name, before, after, memory_before, memory_after)
+    return Pair(name_of(one), before, after, memory_before, memory_after)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from albireo.bench.compare import Pair
+from albireo.bench.table import number
 
 __all__ = ["print_comparison"]
 
@@ -18,14 +19,10 @@ def print_comparison(pairs: Sequence[Pair]) -> None:
     for pair in pairs:
         table.add_row(
             pair.name,
-            _number(pair.before),
-            _number(pair.after),
-            _number(pair.ratio, digits=3),
-            _number(pair.memory_before, 2**-30),
-            _number(pair.memory_after, 2**-30),
+            number(pair.before),
+            number(pair.after),
+            number(pair.ratio, digits=3),
+            number(pair.memory_before, 2**-30),
+            number(pair.memory_after, 2**-30),
         )
     Console().print(table)
-
-
-def _number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:
-    return "" if value is None else f"{value * factor:,.{digits}f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from albireo.bench.case import CaseResult
@@ -49,11 +50,18 @@ def draw(results: Sequence[CaseResult]) -> list[Picture]:
     if not done:
         return []
     found = [
-        _picture("bars", "Throughput and peak memory", done, (_speed_bars, _memory_bars)),
+        _picture(
+            "bars", "Throughput and peak memory", done, [partial(_bars, shown=shown) for shown in (_SPEED, _MEMORY)]
+        ),
         _picture("tradeoff", "Throughput against peak memory", done, (_tradeoff,)),
     ]
     if any(len({row.case.batch_size for row in rows if row.status == "ok"}) > 1 for rows in done.values()):
-        found.insert(1, _picture("batch-sizes", "Over batch sizes", done, (_speed_lines, _memory_lines)))
+        found.insert(
+            1,
+            _picture(
+                "batch-sizes", "Over batch sizes", done, [partial(_lines, shown=shown) for shown in (_SPEED, _MEMORY)]
+            ),
+        )
     return found
 
 
@@ -89,11 +97,22 @@ def _memory_label(results: Sequence[CaseResult]) -> str:
     return "device memory at the peak (GB)" if on_device else "host memory at the peak (GB)"
 
 
+class _Shown(NamedTuple):
+    """What a panel shows: of a result, a number; and what is written beside it."""
+
+    of: Callable[[CaseResult], float | None]
+    label: Callable[[Sequence[CaseResult]], str]
+
+
+_SPEED = _Shown(_speed, lambda _: "samples a second")
+_MEMORY = _Shown(_memory, _memory_label)
+
+
 def _picture(
     name: str,
     title: str,
     groups: dict[str, list[CaseResult]],
-    panels: Sequence[Callable[[Axes, Sequence[CaseResult]], None]],
+    panels: Sequence[Callable[[Axes, Sequence[CaseResult]], object]],
 ) -> Picture:
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -120,14 +139,14 @@ def _clean(axes: Axes) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _bars(axes: Axes, results: Sequence[CaseResult], value_of: Callable[[CaseResult], float | None]) -> None:
+def _bars(axes: Axes, results: Sequence[CaseResult], shown: _Shown) -> None:
     series = _series(results)
     sizes = sorted({result.case.batch_size for result in results})
     width = 0.84 / len(series)
     for number, (name, rows) in enumerate(series.items()):
         by_size = {row.case.batch_size: row for row in rows}
         places = [at - 0.42 + width * (number + 0.5) for at in range(len(sizes))]
-        values = [value_of(by_size[size]) if size in by_size else None for size in sizes]
+        values = [shown.of(by_size[size]) if size in by_size else None for size in sizes]
         axes.bar(
             places,
             [value or 0.0 for value in values],
@@ -146,22 +165,13 @@ def _bars(axes: Axes, results: Sequence[CaseResult], value_of: Callable[[CaseRes
             )  # fmt: skip
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     axes.set_xlabel("batch size", color=_TEXT)
+    axes.set_ylabel(shown.label(results), color=_TEXT)
     axes.margins(y=0.18)
 
 
-def _speed_bars(axes: Axes, results: Sequence[CaseResult]) -> None:
-    _bars(axes, results, _speed)
-    axes.set_ylabel("samples a second", color=_TEXT)
-
-
-def _memory_bars(axes: Axes, results: Sequence[CaseResult]) -> None:
-    _bars(axes, results, _memory)
-    axes.set_ylabel(_memory_label(results), color=_TEXT)
-
-
-def _lines(axes: Axes, results: Sequence[CaseResult], value_of: Callable[[CaseResult], float | None]) -> None:
+def _lines(axes: Axes, results: Sequence[CaseResult], shown: _Shown) -> None:
     for number, (name, rows) in enumerate(_series(results).items()):
-        points = sorted((row.case.batch_size, value) for row in rows if (value := value_of(row)) is not None)
+        points = sorted((row.case.batch_size, value) for row in rows if (value := shown.of(row)) is not None)
         axes.plot(
             [size for size, _ in points],
             [value for _, value in points],
@@ -176,16 +186,7 @@ def _lines(axes: Axes, results: Sequence[CaseResult], value_of: Callable[[CaseRe
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
     axes.set_xlabel("batch size", color=_TEXT)
-
-
-def _speed_lines(axes: Axes, results: Sequence[CaseResult]) -> None:
-    _lines(axes, results, _speed)
-    axes.set_ylabel("samples a second", color=_TEXT)
-
-
-def _memory_lines(axes: Axes, results: Sequence[CaseResult]) -> None:
-    _lines(axes, results, _memory)
-    axes.set_ylabel(_memory_label(results), color=_TEXT)
+    axes.set_ylabel(shown.label(results), color=_TEXT)
 
 
 def _tradeoff(axes: Axes, results: Sequence[CaseResult]) -> None:

@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from albireo.bench.case import Case, CaseResult
+from albireo.bench.case import Case, CaseResult, name_of
 from albireo.bench.kept_rounds import KeptRounds
 from albireo.bench.measure import measure
 from albireo.bench.page import page_of
@@ -151,13 +151,8 @@ def _write_pictures(folder: Path, results: Sequence[CaseResult], reference: str)
     return [folder / name for name in files if name.endswith((".png", ".html"))]
 
 
-def _name(case: Case) -> str:
-    adapter = "" if case.adapter == "none" else f" {case.adapter}"
-    return f"{case.system} {case.recipe} {case.model}{adapter} batch {case.batch_size} {case.precision}"
-
-
 def _say(result: CaseResult, turn: int, rounds: int, seconds_left: float) -> None:
-    text = f"{_name(result.case)}: {result.status}"
+    text = f"{name_of(result.case.mapping())}: {result.status}"
     if result.samples_per_second is not None:
         memory = (result.device_peak_bytes or result.host_peak_bytes or 0) / 2**30
         text += f", {result.samples_per_second:.1f} samples/s, {memory:.2f} GB"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from albireo.bench.case import Case, CaseResult
 
-__all__ = ["HEADERS", "as_csv", "as_markdown", "ratios", "rows_of_words"]
+__all__ = ["HEADERS", "as_csv", "as_markdown", "number", "ratios", "rows_of_words"]
 
 HEADERS = (
     "system", "model", "adapter", "batch", "precision", "samples/s", "tokens/s", "step ms", "spread", "TFLOP/s",
@@ -58,16 +58,16 @@ def rows_of_words(results: Sequence[CaseResult], reference: str) -> list[tuple[s
                 case.adapter,
                 str(case.batch_size),
                 case.precision,
-                _number(result.samples_per_second, 1.0),
-                _number(result.tokens_per_second, 1.0, 0),
-                _number(result.step_seconds, 1e3),
+                number(result.samples_per_second, 1.0),
+                number(result.tokens_per_second, 1.0, 0),
+                number(result.step_seconds, 1e3),
                 _spread(result),
-                _number(result.model_tflops, 1.0),
+                number(result.model_tflops, 1.0),
                 # 0 is what a CPU takes of a device: nothing to say.
-                _number(result.device_peak_bytes or None, 1 / _GB),
-                _number(result.device_reserved_peak_bytes or None, 1 / _GB),
-                _number(result.host_peak_bytes, 1 / _GB),
-                _number(ratio, 1.0),
+                number(result.device_peak_bytes or None, 1 / _GB),
+                number(result.device_reserved_peak_bytes or None, 1 / _GB),
+                number(result.host_peak_bytes, 1 / _GB),
+                number(ratio, 1.0),
                 result.status if result.status == "ok" else f"{result.status.replace('_', ' ')}: {result.error}",
             )
         )
@@ -93,7 +93,8 @@ def as_csv(results: Sequence[CaseResult], reference: str) -> str:
     return content.getvalue()
 
 
-def _number(value: float | None, factor: float, digits: int = 2) -> str:
+def number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:
+    """Return a number times a factor in words; nothing for None."""
     return "" if value is None else f"{value * factor:,.{digits}f}"
 
 
