@@ -178,6 +178,7 @@ def _lines(axes: Axes, results: Sequence[CaseResult], shown: _Shown) -> None:
             color=_COLOURS[number % len(_COLOURS)],
             marker=_MARKERS[number % len(_MARKERS)],
             linewidth=1.8,
+            clip_on=False,
             markersize=5,
             label=name,
         )
@@ -202,6 +203,7 @@ def _tradeoff(axes: Axes, results: Sequence[CaseResult]) -> None:
             color=_COLOURS[number % len(_COLOURS)],
             marker=_MARKERS[number % len(_MARKERS)],
             s=46,
+            clip_on=False,
             label=name,
         )
         for memory, speed, size in points:
