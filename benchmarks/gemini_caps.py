@@ -96,7 +96,7 @@ def _reference(wanted: dict[str, Any]) -> dict[str, Any]:
     return {
         "error": result.error, "step_seconds": result.step_seconds, "device_peak_bytes": result.device_peak_bytes,
         "reserved_peak_bytes": result.device_reserved_peak_bytes, "host_peak_bytes": result.host_peak_bytes,
-        "losses": [result.first_loss, result.last_loss],
+        "losses": [result.first_loss, result.last_loss], "versions": result.versions,
     }  # fmt: skip
 
 
@@ -104,6 +104,7 @@ def _ours(wanted: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from albireo.bench.case import OURS
+    from albireo.bench.timing import versions
     from albireo.distributed import join_world
     from albireo.training.metrics import read_metrics
     from albireo.training.plan import plan_run
@@ -119,7 +120,8 @@ def _ours(wanted: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     plan = plan_run(recipe="opt", options=options, output=Path(wanted["folder"]) / "run")
     folder = plan.make_folder()
-    peaks = train_on_rank(resolved_config(plan), folder, join_world(single=True), export_model=False)
+    world = join_world(single=True)
+    peaks = train_on_rank(resolved_config(plan), folder, world, export_model=False)
     rows, _ = read_metrics(folder.metrics_path)
     return {
         "step_seconds": statistics.median(row.step_seconds for row in rows[wanted["warmup"] :]),
@@ -130,6 +132,7 @@ def _ours(wanted: dict[str, Any]) -> dict[str, Any]:
         "losses": [row.loss for row in rows],
         "grad_norms": [row.grad_norm for row in rows],
         "total_seconds": time.perf_counter() - began,
+        "versions": versions(world.device),
     }
 
 
