@@ -64,5 +64,9 @@ def test_each_plugin_is_exact_over_a_quantised_base(plugin: str, adapter: str, t
         "--plugin", plugin, "--precision", "bf16", "--batch-size", "2", "--steps", "2", "--cache", str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    if plugin == "torch_fsdp" and torch.__version__.startswith("2.11."):
+        assert done.returncode == 2
+        assert "cannot shard a quantised base" in done.stderr
+        return
     assert done.returncode == 0, done.stderr + done.stdout
     assert "passed" in done.stdout

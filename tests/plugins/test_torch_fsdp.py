@@ -553,6 +553,23 @@ def test_what_cannot_be_sharded_is_refused_before_anything_changes() -> None:
         assert not any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_torch_that_cannot_shard_bytes_is_named_with_alternatives(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_torch_2_11_does(module: nn.Module, **_: Any) -> None:
+        raise RuntimeError("only Tensors of floating point dtype can require gradients")
+
+    monkeypatch.setattr("albireo.plugins.fully_sharded.fully_shard", as_torch_2_11_does)
+    model = nn.Linear(4, 4)
+    model.codes = nn.Parameter(torch.zeros(8, dtype=dtype), requires_grad=False)
+    optimizer = torch.optim.AdamW([model.weight, model.bias])
+    # What else torch refuses is not put down to a quantised base.
+    expected, message = (ConfigError, "low_level_zero") if dtype == torch.uint8 else (RuntimeError, "only Tensors")
+    with process_group(ALONE), pytest.raises(expected, match=message):
+        TorchFSDPPlugin(precision="fp32").configure(model, optimizer, ALONE)
+
+
 def test_the_optimizer_refuses_what_would_go_wrong_silently() -> None:
     with process_group(ALONE):
         booster, model, optimizer = boosted(ALONE, TorchFSDPPlugin())

@@ -191,7 +191,16 @@ def _shard(module: nn.Module, **how: Any) -> None:
     """Shard what is not sharded yet, and free the memory of the parameters from before, whoever still holds them."""
     ignored = how["ignored_params"]
     before = [p for p in module.parameters() if not isinstance(p, DTensor) and p not in ignored]
-    fully_shard(module, **how)
+    try:
+        fully_shard(module, **how)
+    except RuntimeError as error:
+        # torch 2.11 makes a trained parameter of each part first, and only then a frozen one: bytes cannot be trained.
+        if "require gradients" in str(error) and any(not p.is_floating_point() for p in before):
+            raise ConfigError(
+                f"torch {torch.__version__}'s FSDP cannot shard a quantised base: take torch 2.13, or --plugin gemini or "
+                "low_level_zero (GeminiPlugin, LowLevelZeroPlugin)"
+            ) from error
+        raise
     for parameter in before:
         parameter.grad = None
         parameter.data = parameter.data.new_empty(0)
