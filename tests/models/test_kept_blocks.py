@@ -1,4 +1,4 @@
-"""Blocks keep what they compute where that costs no memory: the same numbers, fewer of them computed twice."""
+"""Blocks keep what they compute where there is room: the same numbers, fewer of them computed twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import PreTrainedModel
 
-from albireo.models import OPT, KeptBlocks, enable_activation_checkpointing, initialise, materialise
+from albireo.models import OPT, ActivationRoom, KeptBlocks, enable_activation_checkpointing, initialise, materialise
 from albireo.models.kept_blocks import kept_count
 
 BLOCKS = 6
@@ -22,19 +22,19 @@ HIDDEN = 2 * 16 * 4
 sizes = st.integers(0, 2**40)
 
 
-@given(blocks=st.integers(1, 200), block_bytes=st.integers(1, 2**34), input_bytes=sizes, gradient_bytes=sizes)
-def test_as_many_are_kept_as_raise_no_peak(
-    blocks: int, block_bytes: int, input_bytes: int, gradient_bytes: int
+@given(blocks=st.integers(1, 200), block_bytes=st.integers(1, 2**34), input_bytes=sizes, gradients=sizes, more=sizes)
+def test_as_many_are_kept_as_raise_the_peak_by_no_more_than_is_allowed(
+    blocks: int, block_bytes: int, input_bytes: int, gradients: int, more: int
 ) -> None:
-    count = kept_count(blocks, block_bytes, input_bytes, gradient_bytes)
+    count = kept_count(blocks, block_bytes, input_bytes, ActivationRoom(gradients, more))
 
     def begins_with(kept: int) -> int:
         return blocks * input_bytes + kept * block_bytes
 
-    before = max(begins_with(1), gradient_bytes + block_bytes)
+    most = max(begins_with(1), gradients + block_bytes) + more
     assert 1 <= count <= blocks
-    assert begins_with(count) <= before
-    assert count == blocks or begins_with(count + 1) > before
+    assert begins_with(count) <= most
+    assert count == blocks or begins_with(count + 1) > most
 
 
 def built(dropout: float = 0.0) -> PreTrainedModel:
@@ -60,8 +60,10 @@ def step(model: PreTrainedModel, number: int) -> dict[str, torch.Tensor]:
 def seen_of_a_block(model: PreTrainedModel) -> int:
     """Return what the last block keeps, beside its input and its weights."""
     lines: list[str] = []
-    kept = KeptBlocks(blocks_of(model), 1, say=lines.append)
+    kept = KeptBlocks(blocks_of(model), lambda: ActivationRoom(1), say=lines.append)
     step(model, 0)
+    assert kept.block_bytes is None
+    step(model, 1)
     assert lines == []
     assert kept.block_bytes is not None
     return kept.block_bytes
@@ -74,18 +76,18 @@ def test_gradients_are_the_same_and_fewer_blocks_run_twice(dropout: float) -> No
     width = model.config.hidden_size
     room = 2 * seen_of_a_block(model) + BLOCKS * HIDDEN * width
     lines: list[str] = []
-    KeptBlocks(blocks_of(model), room, say=lines.append)
+    KeptBlocks(blocks_of(model), lambda: ActivationRoom(room), say=lines.append)
     runs: list[int] = []
     for number, block in enumerate(blocks_of(model)):
         block.fc1.register_forward_hook(lambda *_, number=number: runs.append(number))
     counts = []
-    for number in range(3):
+    for number in range(4):
         want, got = step(plain, number), step(model, number)
         assert all(torch.equal(want[name], got[name]) for name in want)
         counts.append(len(runs))
         runs.clear()
-    # The first step looks, with the last block alone kept.
-    assert counts == [2 * BLOCKS - 1, 2 * BLOCKS - 3, 2 * BLOCKS - 3]
+    # The second step looks, with the last block alone kept.
+    assert counts == [2 * BLOCKS - 1] * 2 + [2 * BLOCKS - 3] * 2
     assert lines == [f"keeping    the activations of 3 of {BLOCKS} blocks: they fit where gradients will be"]
 
 
@@ -111,7 +113,7 @@ def test_what_a_block_keeps_is_what_autograd_saves_beside_input_and_weights() ->
 def test_an_evaluation_and_a_forward_that_fails_decide_nothing() -> None:
     model = built()
     enable_activation_checkpointing(model, preserve_rng_state=False, family=OPT)
-    kept = KeptBlocks(blocks_of(model), 2**40)
+    kept = KeptBlocks(blocks_of(model), lambda: ActivationRoom(2**40))
     model.eval()
     model(input_ids=IDS, use_cache=False)
     model.train()
@@ -132,12 +134,35 @@ def test_an_evaluation_and_a_forward_that_fails_decide_nothing() -> None:
     assert [block.gradient_checkpointing for block in blocks_of(model)] == [False] * BLOCKS
 
 
+def test_without_room_the_last_block_alone_keeps_and_nobody_asks_again() -> None:
+    model = built()
+    enable_activation_checkpointing(model, preserve_rng_state=False, family=OPT)
+    asked: list[None] = []
+    KeptBlocks(blocks_of(model), lambda: asked.append(None))
+    for number in range(4):
+        step(model, number)
+    assert len(asked) == 1
+    assert [block.gradient_checkpointing for block in blocks_of(model)] == [True] * (BLOCKS - 1) + [False]
+
+
+def test_room_that_raises_the_peak_is_said() -> None:
+    model = built()
+    enable_activation_checkpointing(model, preserve_rng_state=False, family=OPT)
+    lines: list[str] = []
+    KeptBlocks(blocks_of(model), lambda: ActivationRoom(0, more=2**40), say=lines.append)
+    for number in range(2):
+        step(model, number)
+    assert len(lines) == 1
+    assert lines[0] == (f"keeping    the activations of {BLOCKS} of {BLOCKS} blocks: it takes 0.00 GB more")
+
+
 def test_nothing_of_the_first_step_stays() -> None:
     model = built()
     enable_activation_checkpointing(model, preserve_rng_state=False, family=OPT)
-    KeptBlocks(blocks_of(model), 2**40)
+    KeptBlocks(blocks_of(model), lambda: ActivationRoom(2**40))
     before = sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
-    step(model, 0)
+    for number in range(2):
+        step(model, number)
     model.zero_grad()
     after = sum(1 for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
     assert after <= before

@@ -40,6 +40,13 @@ class ModelConfig:
     checkpointing: bool = option(
         False, "Activation checkpointing: recompute activations in backward, a block at a time, to save memory."
     )
+    checkpointing_slack: float = option(
+        0.05,
+        "With --checkpointing on a GPU: how much more memory a step may take, as a share of its peak, so that fewer blocks "
+        "are recomputed.",
+        minimum=0.0,
+        maximum=100.0,
+    )
 
     @property
     def is_tiny(self) -> bool:

@@ -203,6 +203,18 @@ class Gemini:
         """Return what is where now, as JSON values; see `plan_data`."""
         return self._planner.data(self.placement, self._names, accumulates=self._accumulates)
 
+    def kept_gradient_bytes(self) -> int | None:
+        """Return what gradients that wait on the device for the step take at the end of backward.
+
+        None while it is not decided what is where, and where anything moves.
+        """
+        trained = [chunk for chunk in self.chunks if chunk.trained]
+        stays = all(chunk.resident for chunk in self.chunks) and all(c.states_place == "device" for c in trained)
+        if self._trace is None or not stays:
+            return None
+        # Over ranks they are reduced as they come.
+        return sum(chunk.weight_bytes for chunk in trained) if self._setting.world.world_size == 1 else 0
+
     def readable_weights(self) -> Iterator[nn.Parameter]:
         """Yield parameters as they compute, a chunk at a time; each may be read until the next one is asked for."""
         self.flush()

@@ -10,7 +10,7 @@ from albireo.models.families import FAMILIES, count_parameters, family_of
 from albireo.models.family import Family, Size
 from albireo.models.gpt2 import GPT2
 from albireo.models.initialise import InitialValues, initial_values, initialise, initialise_module
-from albireo.models.kept_blocks import KeptBlocks
+from albireo.models.kept_blocks import ActivationRoom, KeptBlocks
 from albireo.models.lazy import LazyInitContext, LazyWeights, lazy_source_of
 from albireo.models.opt import OPT
 from albireo.models.pretrained import check_weights, load_weights, weight_files
@@ -24,6 +24,7 @@ __all__ = [
     "GPT2",
     "OPT",
     "VIT",
+    "ActivationRoom",
     "Family",
     "FolderWeights",
     "Init",

@@ -1,9 +1,10 @@
-"""Blocks that keep what they computed although activations are checkpointed: where that costs no memory, it is free speed."""
+"""Blocks that keep what they computed although activations are checkpointed: where there is room, that is speed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +14,24 @@ from torch.utils._pytree import tree_leaves
 
 from albireo.models.checkpointing import keep_activations
 
-__all__ = ["KeptBlocks", "kept_count"]
+__all__ = ["ActivationRoom", "KeptBlocks", "kept_count"]
 
 
-def kept_count(blocks: int, block_bytes: int, input_bytes: int, gradient_bytes: int) -> int:
-    """Return how many of the last blocks can keep what they computed without raising the peak of a step's memory.
+@dataclass(frozen=True)
+class ActivationRoom:
+    """What there is for activations that are kept, in bytes.
+
+    Attributes:
+        gradients: what all gradients take at the end of backward, and do not at its beginning.
+        more: by how much the peak of a step may rise.
+    """
+
+    gradients: int
+    more: int = 0
+
+
+def kept_count(blocks: int, block_bytes: int, input_bytes: int, room: ActivationRoom) -> int:
+    """Return how many of the last blocks can keep what they computed.
 
     Backward begins with every block's input and with what the kept ones computed; as it goes these leave, and gradients
     take their place. It ends with all gradients and what one block computed. So what fits where gradients will be is
@@ -27,23 +41,24 @@ def kept_count(blocks: int, block_bytes: int, input_bytes: int, gradient_bytes: 
         blocks: how many there are; at least one.
         block_bytes: what one keeps, beside its input.
         input_bytes: what its input takes.
-        gradient_bytes: what all gradients take at the end of backward, and do not at its beginning.
+        room: what there is.
 
     Returns:
         A number from 1, since the last block's backward comes at once, to `blocks`.
     """
-    room = gradient_bytes - blocks * input_bytes
-    return min(blocks, 1 + max(0, room) // max(1, block_bytes))
+    free = max(0, room.gradients - blocks * input_bytes)
+    return min(blocks, 1 + (free + room.more) // max(1, block_bytes))
 
 
 class KeptBlocks:
-    """Looks at the last block in the first step, and then has as many of the last blocks keep all as cost no memory.
+    """Looks at the last block in the second step, and then has as many of the last blocks keep all as there is room for.
 
-    Nothing that is computed changes: what a block would compute again is what it has kept.
+    By then a step has been made, so that its peak is known. Nothing that is computed changes: what a block would compute
+    again is what it has kept.
 
     Args:
         blocks: the model's, in the order of the forward. Each has a switch `gradient_checkpointing`, off for the last.
-        gradient_bytes: as for `kept_count`, on this rank.
+        room: is asked once, in the second step, what room there is; None: none, and that is that.
         say: takes a line for the user once it is decided.
 
     Attributes:
@@ -51,12 +66,17 @@ class KeptBlocks:
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], gradient_bytes: int, *, say: Callable[[str], None] | None = None
+        self,
+        blocks: Sequence[nn.Module],
+        room: Callable[[], ActivationRoom | None],
+        *,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self._blocks = list(blocks)
-        self._gradient_bytes = gradient_bytes
+        self._room = room
         self._say = say
         self.block_bytes: int | None = None
+        self._began = False
         self._seen: dict[int, Tensor] = {}
         self._stack = ExitStack()
         last = self._blocks[-1]
@@ -67,9 +87,13 @@ class KeptBlocks:
         ]
 
     def _begin(self, block: nn.Module, *_: Any) -> None:
-        if block.training and torch.is_grad_enabled():
+        if not block.training or not torch.is_grad_enabled():
+            return
+        # The last block is never recomputed, so each of its forwards is a step's.
+        if self._began:
             self._seen.clear()
             self._stack.enter_context(saved_tensors_hooks(self._see, lambda tensor: tensor))
+        self._began = True
 
     def _see(self, tensor: Tensor) -> Tensor:
         # An output that is kept by its own node as itself would never be freed.
@@ -97,13 +121,18 @@ class KeptBlocks:
         # The hidden states alone differ from block to block; masks and positions are every block's.
         hidden = next(iter(_tensors((args, kwargs))), None)
         input_bytes = 0 if hidden is None else hidden.numel() * hidden.element_size()
-        count = kept_count(len(self._blocks), kept, input_bytes, self._gradient_bytes)
+        room = self._room()
+        if room is None:
+            return
+        count = kept_count(len(self._blocks), kept, input_bytes, room)
         # The forward has passed the others: the next one is the first to keep more.
         for other in self._blocks[-count:]:
             keep_activations(other)
         if count > 1 and self._say is not None:
             blocks = len(self._blocks)
-            self._say(f"keeping    the activations of {count} of {blocks} blocks: they fit where gradients will be")
+            more = (count - kept_count(blocks, kept, input_bytes, ActivationRoom(room.gradients))) * kept
+            why = "they fit where gradients will be" if more == 0 else f"it takes {more / 2**30:.2f} GB more"
+            self._say(f"keeping    the activations of {count} of {blocks} blocks: {why}")
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -124,14 +124,16 @@ class Plugin(ABC):
         """
         yield from model.unwrap().parameters()
 
-    def gradient_bytes(self, model: ModelWrapper) -> int:
+    def gradient_bytes(self, model: ModelWrapper) -> int | None:
         """Return what gradients take on this rank's device at the end of a backward, and do not at its beginning.
 
-        0, as here, where that is nothing, or not known, or where memory is already planned for another use. It is meant
-        for steps of one backward.
+        It is meant for steps of one backward.
 
         Args:
             model: the wrapped model.
+
+        Returns:
+            0, as here, where that is nothing, or not known; None where all memory is planned for another use.
         """
         return 0
 

@@ -209,6 +209,10 @@ class GeminiPlugin(PartsPlugin):
             yield parameter
         yield from (parameter for parameter in model.unwrap().parameters() if parameter not in seen)
 
+    def gradient_bytes(self, model: ModelWrapper) -> int | None:
+        """See the base class: where chunks come and go, memory is planned to the last byte."""
+        return model.gemini.kept_gradient_bytes() if isinstance(model, _GeminiModel) else None
+
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class: there is no room for whole gradients, so each micro-batch's go where they are stepped."""
         return self.accumulation_context(model)

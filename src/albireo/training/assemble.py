@@ -21,6 +21,7 @@ from albireo.device import (
     apply_device_cap,
     attention_for_many_shapes,
     describe_device,
+    device_room_bytes,
     device_total_bytes,
     read_host_memory,
     seed_everything,
@@ -29,7 +30,7 @@ from albireo.distributed import World, process_group
 from albireo.errors import CheckpointError, ConfigError
 from albireo.files import FileOperations
 from albireo.memory.tracing.tracer import STEPS_TO_TRACE
-from albireo.models import Family, KeptBlocks, compile_blocks, enable_activation_checkpointing
+from albireo.models import ActivationRoom, Family, KeptBlocks, compile_blocks, enable_activation_checkpointing
 from albireo.optim import adamw, decay_groups, scheduler_for, warmup_steps_of
 from albireo.plugins import ModelWrapper, Plugin, make_plugin
 from albireo.sharding import WeightSource
@@ -288,7 +289,7 @@ def _build_state(
         boosted, wrapped, *_ = booster.boost(model, optimizer, weights=source)
     if source is not None:
         source.close()
-    _keep_blocks(boosted, pretrained, plugin, planned.family, config, ragged=data.is_ragged)
+    _keep_blocks(boosted, pretrained, plugin, planned.family, config, world, ragged=data.is_ragged)
     # Only now: a plugin may have put other parameters in place of the model's.
     names, aliases = own_names(pretrained)
     identity = {"data": data.fingerprint, "recipe": config.recipe, **planned.identity(config)}
@@ -312,16 +313,29 @@ def _keep_blocks(
     plugin: Plugin,
     family: Family,
     config: RunConfig,
+    world: World,
     *,
     ragged: bool,
 ) -> None:
-    """Have the last blocks keep what they compute, where activations are checkpointed and there is room for nothing."""
+    """Have the last blocks keep what they compute, where activations are checkpointed and there is room."""
     # Gradients that are added up are there from the beginning; a longer batch than the first would find less room.
     if not config.model.checkpointing or config.plugin.compile or config.optimizer.accumulate > 1 or ragged:
         return
-    gradient_bytes = plugin.gradient_bytes(boosted)
-    if gradient_bytes > 0:
-        KeptBlocks([block for _, block in family.blocks(model)], gradient_bytes, say=plugin.say)
+    slack, cap = config.model.checkpointing_slack, int(config.plugin.mem_cap * 2**30)
+
+    def room() -> ActivationRoom | None:
+        gradients = plugin.gradient_bytes(boosted)
+        if gradients is None:
+            return None
+        if world.device.type != "cuda":
+            return ActivationRoom(gradients)
+        peaks = plugin.peaks(world.device).read()
+        # Gemini's first step kept nothing on the device, so its gradients are in no peak yet.
+        left = device_room_bytes(world.device, cap) - peaks.device_reserved_peak_bytes - gradients
+        return ActivationRoom(gradients, more=max(0, min(int(slack * peaks.device_peak_bytes), left)))
+
+    blocks = [block for _, block in family.blocks(model)]
+    KeptBlocks(blocks, room, say=plugin.say if world.is_main else None)
 
 
 def _resume(folder: RunFolder, state: RunState, world: World, progress: Progress, files: FileOperations) -> Position:
