@@ -207,6 +207,17 @@ def test_a_hub_data_set(tmp_path: Path) -> None:
         HubPictures("owner/texts", {"train": datasets.Dataset.from_dict({"text": ["a"]})})
 
 
+def test_made_up_pictures_are_not_made_to_see_whether_they_are_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    source = MadeUpPictures(30, 1)
+    monkeypatch.setattr(MadeUpPictures, "open", never)
+    data = prepared(source)
+    assert data.damaged == ()
+    assert len(data.train) + len(data.held_out) == 30
+
+
 def test_made_up_pictures_can_be_told_apart_by_eye_and_are_always_the_same() -> None:
     one, other = MadeUpPictures(30, 1), MadeUpPictures(30, 1)
     assert all(one.open(number).tobytes() == other.open(number).tobytes() for number in range(30))

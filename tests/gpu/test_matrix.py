@@ -33,15 +33,21 @@ def two_gpus() -> Iterator[RankPool]:
     pool.close()
 
 
+def _sample() -> list[Cell]:
+    """Return a sample without what torch 2.11's FSDP cannot do, which `test_quantise` sees refused."""
+    is_old = torch.__version__.startswith("2.11.")
+    return [c for c in pairwise_cells() if not (is_old and c["plugin"] == "fsdp" and c["model"] == "quantised")]
+
+
 @pytest.mark.timeout(300)
 def test_a_sample_of_cells_on_one_gpu(alone: World) -> None:
-    chosen = pairwise_cells()
+    chosen = _sample()
     assert complaints(chosen, [run_cells(alone, chosen, on_gpu=True)]) == []
 
 
 @pytest.mark.timeout(300)
 def test_a_sample_of_cells_on_two_gpus(two_gpus: RankPool) -> None:
-    chosen = pairwise_cells()
+    chosen = _sample()
     assert complaints(chosen, two_gpus.run(run_cells, cells=chosen, on_gpu=True)) == []
 
 

@@ -597,6 +597,17 @@ def test_the_optimizer_refuses_what_would_go_wrong_silently() -> None:
         Booster(plugin=TorchFSDPPlugin(precision="bf16"), mixed_precision="fp16", world=ALONE)
 
 
+def test_gradients_take_what_those_of_the_last_backward_did() -> None:
+    with process_group(ALONE):
+        plugin = TorchFSDPPlugin()
+        booster, model, optimizer = boosted(ALONE, plugin)
+        expected = plugin.gradient_bytes(model)
+        booster.backward(model(**batches_of(0, 0, 1)[0])[0], optimizer)
+        unused = sum(p.numel() for p in model.unwrap().parameters() if p.requires_grad and p.grad is None)
+        assert expected == sum(g.numel() * g.element_size() for g in optimizer.gradients()) + 4 * unused
+        assert TorchFSDPPlugin(cpu_offload=True).gradient_bytes(model) == 0
+
+
 def test_another_models_checkpoint_is_refused(tmp_path: Path) -> None:
     with process_group(ALONE):
         save_case(ALONE, str(tmp_path), "fp32")

@@ -119,7 +119,7 @@ def prepare_pictures(
     cache_folder: Path | None,
     progress: Callable[[int, int], None],
 ) -> PictureData:
-    """Look at each picture once, leave out those that cannot be read, and hold some out.
+    """Look at each picture once, if it is not made up, leave out those that cannot be read, and hold some out.
 
     Args:
         source: all pictures.
@@ -134,7 +134,7 @@ def prepare_pictures(
     Raises:
         DataError: too many are damaged, or of a class none is left to train on.
     """
-    damaged = _damaged(source, cache_folder, progress)
+    damaged = [] if source.is_made_up else _damaged(source, cache_folder, progress)
     names = tuple(source.name(number) for number in damaged)
     most = max_damaged * len(source.labels) if max_damaged < 1 else max_damaged
     if len(damaged) > most:

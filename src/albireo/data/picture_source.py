@@ -7,7 +7,7 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -34,8 +34,10 @@ class PictureSource(ABC):
         labels: each picture's class.
         held_out: the numbers of pictures of a part of the data's own to evaluate on; empty where it has none.
         description: where they are from, in words.
+        is_made_up: they are made as they are asked for, so that none can be damaged.
     """
 
+    is_made_up: ClassVar[bool] = False
     classes: tuple[str, ...]
     labels: Sequence[int]
     held_out: Sequence[int]
@@ -177,6 +179,8 @@ class MadeUpPictures(PictureSource):
         seed: which.
         shows_shapes: without it there is nothing to be learnt, and a class is a number.
     """
+
+    is_made_up = True
 
     def __init__(self, count: int, seed: int, *, shows_shapes: bool = True) -> None:
         self._seed, self._shows_shapes = seed, shows_shapes

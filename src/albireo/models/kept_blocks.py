@@ -78,9 +78,9 @@ class KeptBlocks:
         self.block_bytes: int | None = None
         self._began = False
         self._seen: dict[int, Tensor] = {}
+        self._weights: set[int] = set()
         self._stack = ExitStack()
         last = self._blocks[-1]
-        # What a plugin has put around a block's weights, such as views of a buffer, is the weights' memory too.
         self._handles = [
             last.register_forward_pre_hook(self._begin, with_kwargs=True),
             last.register_forward_hook(self._end, with_kwargs=True, always_call=True),
@@ -92,6 +92,10 @@ class KeptBlocks:
         # The last block is never recomputed, so each of its forwards is a step's.
         if self._began:
             self._seen.clear()
+            # What a plugin has put around a block's weights, such as views of a buffer, is the weights' memory too; and some
+            # are themselves only while the block runs.
+            weights = (*block.parameters(), *block.buffers())
+            self._weights = {weight.untyped_storage().data_ptr() for weight in weights if weight.numel() > 0}
             self._stack.enter_context(saved_tensors_hooks(self._see, lambda tensor: tensor))
         self._began = True
 
@@ -102,7 +106,7 @@ class KeptBlocks:
             self._seen[alone.untyped_storage().data_ptr()] = alone
         return alone
 
-    def _end(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _end(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._stack.close()
         if output is None or not self._seen:
             self._seen.clear()
@@ -110,11 +114,10 @@ class KeptBlocks:
         for handle in self._handles:
             handle.remove()
         inputs = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors((args, kwargs))}
-        weights = {p.untyped_storage().data_ptr() for p in (*block.parameters(), *block.buffers()) if p.numel() > 0}
         kept = sum(
             tensor.untyped_storage().nbytes()
             for pointer, tensor in self._seen.items()
-            if pointer not in weights and pointer not in inputs
+            if pointer not in self._weights and pointer not in inputs
         )
         self._seen.clear()
         self.block_bytes = kept

@@ -104,6 +104,15 @@ class TorchFSDPPlugin(Plugin):
         """See the base class: a loss of 16-bit outputs is computed in fp32."""
         return criterion if self.precision == "fp32" else CriterionInFp32(criterion)
 
+    def gradient_bytes(self, model: ModelWrapper) -> int | None:
+        """See the base class: each rank's rows, reduced in the dtype of the weights."""
+        if self.cpu_offload:
+            return 0
+        masters = [
+            fragment.master for fragment in _sharded(model).fragments.values() if fragment.parameter.requires_grad
+        ]
+        return sum(master.numel() * master.element_size() for master in masters)
+
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class: whole gradients are added up, in fp32, until a backward outside of this context."""
         return _sharded(model).kept_local()
