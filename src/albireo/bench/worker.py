@@ -1,10 +1,9 @@
-"""The process of one case: `python -m albireo.bench.worker FOLDER`."""
+"""What the process of one case does."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from albireo.errors import AlbireoError, OutOfMemoryError
 from albireo.models import FAMILIES, configure_model, resolve_model
 from albireo.training.memory_needs import is_out_of_memory
 
-__all__ = ["run_case"]
+__all__ = ["main", "run_case"]
 
 
 def run_case(case: Case) -> CaseResult:
@@ -65,12 +64,12 @@ def _measure_reference(case: Case) -> CaseResult:
 
 
 def main(folder: Path) -> None:
-    """Read the case, measure it, and leave the result."""
+    """Read the case, measure it, and leave the result.
+
+    Args:
+        folder: has `case.json`, and gets `result.json`.
+    """
     case = Case.from_mapping(json.loads((folder / "case.json").read_text()))
     result = run_case(case)
     values = dataclasses.asdict(result)
     (folder / "result.json").write_text(json.dumps(values))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
