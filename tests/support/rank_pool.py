@@ -51,11 +51,15 @@ class RankPool:
             )
             for rank in range(world_size)
         ]
+        self._asked = 0
 
     def run(self, function: Callable[..., Any], **arguments: Any) -> list[Any]:
         """Run a case on every rank and return each rank's result; a failure on any is raised with its traceback."""
         file = Path(sys.modules[function.__module__].__file__ or "")
-        task = json.dumps({"file": str(file), "function": function.__name__, "arguments": arguments})
+        self._asked += 1
+        task = json.dumps(
+            {"number": self._asked, "file": str(file), "function": function.__name__, "arguments": arguments}
+        )
         for rank in self._ranks:
             assert rank.stdin is not None
             rank.stdin.write(task + "\n")
@@ -81,7 +85,10 @@ class RankPool:
                     line = self._ranks[key.data].stdout.readline()  # type: ignore[union-attr]
                     if not line:
                         raise RuntimeError(f"rank {key.data} of the pool died while it ran {name}")
-                    answers[key.data] = json.loads(line)
+                    answer = json.loads(line)
+                    if answer["number"] != self._asked:
+                        continue  # to a case whose test has ended before it
+                    answers[key.data] = answer
                     waiting.unregister(key.fileobj)
                     if "error" in answers[key.data]:
                         deadline = min(deadline, time.monotonic() + _SECONDS_AFTER_A_FAILURE)
@@ -127,9 +134,9 @@ def _serve(world: World, answers: Any) -> None:
             if task["file"] not in modules:
                 modules[task["file"]] = _load(task["file"])
             result = getattr(modules[task["file"]], task["function"])(world, **task["arguments"])
-            answer = json.dumps({"result": result})
+            answer = json.dumps({"number": task["number"], "result": result})
         except BaseException:  # noqa: BLE001  it goes back to the test that asked, be it an exit
-            answer = json.dumps({"error": traceback.format_exc()})
+            answer = json.dumps({"number": task["number"], "error": traceback.format_exc()})
         answers.write(answer + "\n")
         answers.flush()
 

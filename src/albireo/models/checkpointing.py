@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 from albireo.errors import ModelError
 from albireo.models.family import Family
+from albireo.models.recomputation import recompute_in_backward
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+_FUNCTION = "_gradient_checkpointing_func"
 
 __all__ = ["enable_activation_checkpointing", "keep_activations"]
 
@@ -24,7 +27,8 @@ def enable_activation_checkpointing(
         preserve_rng_state: recompute with the random state of the forward, as dropout needs. Without dropout False
             saves keeping and restoring that state for each block.
         family: tells the blocks. The last one then keeps what it has computed: its backward comes at once, when as much
-            would be computed again. None: all are recomputed.
+            would be computed again; and those that need no random state are recomputed in our own way, which takes less of
+            the host's time. None: all are recomputed, by torch.
 
     Raises:
         ModelError: the model has no such switch.
@@ -39,9 +43,15 @@ def enable_activation_checkpointing(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[no-untyped-call]
     # The switch also makes embeddings ask for a gradient, frozen or not, which only reentrant checkpointing needs.
     model.disable_input_require_grads()  # type: ignore[no-untyped-call]
-    if family is not None:
-        _, last = family.blocks(model)[-1]
-        keep_activations(last)
+    if family is None:
+        return
+    if not preserve_rng_state:
+        for module in model.modules():
+            # Where transformers looks for what recomputes.
+            if _FUNCTION in vars(module):
+                vars(module)[_FUNCTION] = recompute_in_backward
+    _, last = family.blocks(model)[-1]
+    keep_activations(last)
 
 
 def keep_activations(block: nn.Module) -> None:
