@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import torch
@@ -38,6 +39,7 @@ def choose_kernel(threads: int, *, compiled: bool = True, log: Log | None = None
     return TorchKernel(threads)
 
 
+@cache
 def matching_form(library: HostAdamLibrary) -> Form:
     """Return the form of the C file that has the bits of torch's kernel.
 

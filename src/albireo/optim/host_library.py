@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import shlex
@@ -166,25 +167,29 @@ class HostAdamLibrary:
 
 
 def load_host_adam() -> HostAdamLibrary:
-    """Compile the C file, which takes about a second, and load it.
+    """Return the C file compiled and loaded; a process does so once, which takes about a second.
 
     Nothing is kept on the disk: a library that lies about may be stale, or be somebody else's.
 
     Raises:
         NoCompiledKernelError: there is no compiler, it fails, or what it makes cannot be loaded.
     """
+    return _made(tuple(_compiler()))
+
+
+@functools.cache
+def _made(compiler: tuple[str, ...]) -> HostAdamLibrary:
     source = resources.files("albireo.optim").joinpath("host_adam.c").read_bytes()
     with tempfile.TemporaryDirectory(prefix="albireo-") as folder:
         path = Path(folder) / "host_adam.so"
-        _compile(source, path)
+        _compile(compiler, source, path)
         try:
             return HostAdamLibrary(path)
         except OSError as error:
             raise NoCompiledKernelError(f"what was compiled cannot be loaded: {error}") from error
 
 
-def _compile(source: bytes, path: Path) -> None:
-    compiler = _compiler()
+def _compile(compiler: Sequence[str], source: bytes, path: Path) -> None:
     native = "-mcpu=native" if os.uname().machine in ("aarch64", "arm64") else "-march=native"
     command = [*compiler, *_FLAGS, native, "-x", "c", "-", "-o", str(path), "-lm"]
     try:
