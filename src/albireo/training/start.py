@@ -14,6 +14,7 @@ from albireo.device import PeakReading, detect_device_type, device_count, has_na
 from albireo.distributed import World, join_world, launch_ranks
 from albireo.errors import AlbireoError, ConfigError
 from albireo.training.assemble import open_session
+from albireo.training.garbage import sparing_collector
 from albireo.training.loop import train_loop
 from albireo.training.plan import RunPlan
 from albireo.training.recipes import recipe_of
@@ -108,6 +109,7 @@ def train_on_rank(config: RunConfig, folder: RunFolder, world: World, *, export_
     torch.backends.cuda.matmul.allow_tf32 = config.plugin.tf32
     torch.backends.cudnn.allow_tf32 = config.plugin.tf32
     with open_session(config, folder, world) as session, session.out_of_memory_explained():
-        status = train_loop(session)
+        with sparing_collector():
+            status = train_loop(session)
         session.finish(status, export_model=export_model)
         return session.booster.plugin.peaks(world.device).read()
