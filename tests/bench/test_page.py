@@ -11,6 +11,7 @@ from bench_results import MACHINE, case_of, done
 from PIL import Image
 
 from albireo.bench.case import CaseResult
+from albireo.bench.memory_curves import draw_memory
 from albireo.bench.page import page_of
 from albireo.bench.pictures import Picture, draw
 
@@ -89,3 +90,13 @@ def test_the_page_has_all_rows_and_needs_no_network() -> None:
     for text in ("a <GPU> & more", "--models '<b>'", "1 < 2 & <script>", "3.12.0", "gemini"):
         assert text in reader.text
     assert 'name="viewport"' in page
+
+
+def test_a_step_of_geminis_is_drawn_with_both_memories() -> None:
+    moments = [[0.0, 1e9, 4e9], [0.01, 2e9, 4e9], [0.02, 1e9, 4.1e9]]
+    results = [done(case_of("fsdp2"), 40.0), done(case_of("gemini", gpus=2), 50.0, memory_over_step=moments)]
+    picture = draw_memory(results)
+    assert picture is not None
+    assert "gemini opt 125m batch 8 bf16 on 2 ranks" in picture.svg
+    assert "fsdp2" not in picture.svg
+    assert draw_memory(results[:1]) is None

@@ -9,7 +9,7 @@ import pytest
 from bench_results import case_of, done
 
 from albireo.bench.case import CaseResult
-from albireo.bench.table import HEADERS, as_csv, as_markdown, ratios, rows_of_words
+from albireo.bench.table import HEADERS, as_csv, as_markdown, ratios, rows_of_words, scaling, short_number
 
 RESULTS = [
     done(case_of("fsdp2"), 40.0),
@@ -52,3 +52,22 @@ def test_csv_keeps_what_was_measured_unrounded() -> None:
     assert int(rows[1]["device_peak_bytes"]) == 2 * 2**30
     assert float(rows[1]["ratio"]) == pytest.approx(1.25)
     assert (rows[4]["step_seconds"], rows[4]["error"]) == ("", "too | much")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(2442.3, "2,442"), (135.2, "135"), (97.84, "97.8"), (1.5, "1.5"), (0.4031, "0.403"), (0.0, "0")],
+)
+def test_a_bar_says_its_value_without_an_exponent(value: float, shown: str) -> None:
+    assert short_number(value) == shown
+
+
+def test_scaling_is_the_speed_over_that_of_as_many_times_one_rank() -> None:
+    one, two = done(case_of("fsdp2"), 40.0), done(case_of("fsdp2", gpus=2), 72.0)
+    other = done(case_of("gemini", gpus=2), 80.0)
+    results = [one, two, other]
+    assert [scaling(result, results) for result in results] == [None, pytest.approx(0.9), None]
+    # A ratio is one of like to like: both on two.
+    assert ratios(results, "fsdp2") == [1.0, 1.0, pytest.approx(80 / 72)]
+    row = dict(zip(HEADERS, rows_of_words(results, "fsdp2")[1], strict=True))
+    assert (row["GPUs"], row["scaling"]) == ("2", "0.90")

@@ -61,8 +61,9 @@ def name_of(case: Mapping[str, Any]) -> str:
         case: as `Case.mapping` has it, or a row; older ones lack recipe and adapter.
     """
     adapter = "" if case.get("adapter", "none") == "none" else f" {case['adapter']}"
-    recipe, size = case.get("recipe", "opt"), case["batch_size"]
-    return f"{case['system']} {recipe} {case['model']}{adapter} batch {size} {case['precision']}"
+    recipe, size, gpus = case.get("recipe", "opt"), case["batch_size"], case.get("gpus", 1)
+    ranks = "" if gpus == 1 else f" on {gpus} ranks"
+    return f"{case['system']} {recipe} {case['model']}{adapter} batch {size} {case['precision']}{ranks}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Case:
         recipe: what is trained.
         adapter: "none", or another of the recipe's with its defaults.
         mem_cap: the most GB (2**30 bytes) of the device that the process may take, by the driver's count; 0: no bound.
+        gpus: ranks, each with a GPU of its own where there are any.
     """
 
     system: str
@@ -100,14 +102,17 @@ class Case:
     recipe: str = "opt"
     adapter: str = "none"
     mem_cap: float = 0.0
+    gpus: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         if self.system not in SYSTEMS:
             raise ConfigError(f"a system is one of {', '.join(SYSTEMS)}, not {self.system!r}")
-        for name in ("batch_size", "sequence_length", "steps", "warmup"):
+        for name in ("batch_size", "sequence_length", "steps", "warmup", "gpus"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.system == "plain" and self.gpus > 1:
+            raise ConfigError("plain is a loop of one process: measure ddp, which is the same over ranks")
         if self.ours is None and self.adapter not in ("none", "lora"):
             raise ConfigError(
                 f"{self.system} knows the adapters none and lora, not {self.adapter!r}: measure ours with it"
@@ -130,9 +135,13 @@ class Case:
         """Albireo's plugin; the references have none."""
         return "" if self.ours is None else str(self.ours["plugin"])
 
+    def samples_per_second(self, step_seconds: float) -> float:
+        """Return how many samples a second steps of such a length come to, of all ranks."""
+        return self.batch_size * self.gpus / step_seconds
+
     def tokens_per_second(self, step_seconds: float) -> float | None:
-        """Return how many tokens a second steps of such a length come to; None for what has none."""
-        return None if self.recipe == "vit" else self.batch_size * self.sequence_length / step_seconds
+        """Return how many tokens a second steps of such a length come to, of all ranks; None for what has none."""
+        return None if self.recipe == "vit" else self.samples_per_second(step_seconds) * self.sequence_length
 
     def mapping(self) -> dict[str, Any]:
         """Return the case as JSON values."""
@@ -157,13 +166,15 @@ class CaseResult:
         step_seconds_max: the slowest step.
         samples_per_second: of all ranks, from the median step.
         tokens_per_second: of all ranks, from the median step; None for pictures.
-        device_peak_bytes: most that was allocated on the device from the first step on; 0 on a CPU.
+        device_peak_bytes: most that was allocated on a device from the first step on; 0 on a CPU.
         device_reserved_peak_bytes: most that torch's allocator held.
-        host_peak_bytes: the process's largest resident memory.
+        host_peak_bytes: the largest resident memory of a rank.
+        moved_bytes: what crosses the bus between a device and the host in a step, as it was planned; None where nobody plans.
+        memory_over_step: of a step of gemini's, moments: seconds since it began, bytes on the device, bytes on the host.
         first_loss: the loss of the first step.
         last_loss: the loss of the last step.
-        model_tflops: 10**12 operations a second that the model's own products take: 6 a parameter and token, those of
-            embeddings that are looked up included, recomputation not.
+        model_tflops: 10**12 operations a second and device that the model's own products take: 6 a parameter and token,
+            those of embeddings that are looked up included, recomputation not.
         rounds: how many rounds this is the median of.
         versions: of python, torch and transformers, and the device's name.
     """
@@ -179,6 +190,8 @@ class CaseResult:
     device_peak_bytes: int | None = None
     device_reserved_peak_bytes: int | None = None
     host_peak_bytes: int | None = None
+    moved_bytes: int | None = None
+    memory_over_step: list[list[float]] = dataclasses.field(default_factory=list)
     first_loss: float | None = None
     last_loss: float | None = None
     model_tflops: float | None = None
@@ -191,4 +204,4 @@ class CaseResult:
         case = values.pop("case")
         # Strict JSON has no word for a loss that is not finite.
         finite = {name: finite_or_none(value) if isinstance(value, float) else value for name, value in values.items()}
-        return {**case, "plugin": self.case.plugin, "gpus": 1, **finite}
+        return {**case, "plugin": self.case.plugin, **finite}

@@ -51,8 +51,9 @@ def page_of(
     drawn = "".join(f"<h2>{escape(picture.title)}</h2><figure>{_inline(picture.svg)}</figure>" for picture in pictures)
     notes = (
         f"Ratio: samples a second over those of {escape(reference)} on the same model and batch. Step: the median; spread: "
-        "slowest minus fastest step, over the median. TFLOP/s: 6 x parameters x tokens a second; recomputed activations do "
-        "not count. GB are 2<sup>30</sup> bytes; device memory is what torch's allocator gave out at the peak, and held."
+        "slowest minus fastest step, over the median. TFLOP/s: 6 x parameters x tokens a second and GPU; recomputed activations "
+        "do not count. Scaling: samples a second over as many times those of one GPU. Moved: what is "
+        "planned to cross the bus in a step. GB are 2<sup>30</sup> bytes; device memory is what torch's allocator gave out at the peak, and held."
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -8,12 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from albireo.bench.case import CaseResult
+from albireo.bench.table import short_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Picture", "draw"]
+__all__ = ["Picture", "draw", "picture_of"]
 
 _GB = 2**30
 # Okabe and Ito's palette, whose colours stay apart for the colour-blind; with more series hatches tell them apart too.
@@ -70,7 +71,8 @@ def _groups(results: Sequence[CaseResult]) -> dict[str, list[CaseResult]]:
     for result in results:
         case = result.case
         adapter = "" if case.adapter == "none" else f", {case.adapter}"
-        groups.setdefault(f"{case.recipe} {case.model}{adapter}", []).append(result)
+        ranks = "" if case.gpus == 1 else f" on {case.gpus} GPUs"
+        groups.setdefault(f"{case.recipe} {case.model}{adapter}{ranks}", []).append(result)
     return groups
 
 
@@ -128,7 +130,18 @@ def _picture(
                 _clean(place)
             line[0].set_title(group, loc="left", fontsize=12, fontweight="bold", color=_TEXT, parse_math=False)
             line[-1].legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        return Picture(name, title, _as_png(figure), _as_svg(figure))
+        return picture_of(figure, name, title)
+
+
+def picture_of(figure: Figure, name: str, title: str) -> Picture:
+    """Return a figure in its two forms.
+
+    Args:
+        figure: drawn.
+        name: what its files are called, without their ends.
+        title: what it shows.
+    """
+    return Picture(name, title, _as_png(figure), _as_svg(figure))
 
 
 def _clean(axes: Axes) -> None:
@@ -158,7 +171,7 @@ def _bars(axes: Axes, results: Sequence[CaseResult], shown: _Shown) -> None:
         for place, value, size in zip(places, values, sizes, strict=True):
             if size not in by_size:
                 continue
-            word = by_size[size].status.replace("_", " ") if value is None else f"{value:,.3g}"
+            word = by_size[size].status.replace("_", " ") if value is None else short_number(value)
             axes.annotate(
                 word, (place, value or 0.0), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom",
                 rotation=90, fontsize=7, color=_TEXT,

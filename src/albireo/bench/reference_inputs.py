@@ -13,6 +13,7 @@ from albireo.adapters import LoraPlan, attach_lora
 from albireo.bench.case import Case
 from albireo.bench.ours import options_of
 from albireo.data import BatchLayout, PictureBatch, RandomTokens, samples_at
+from albireo.distributed import World
 from albireo.models import FAMILIES, build_model, configure_model, enable_activation_checkpointing, resolve_model
 from albireo.training.language_data import RANDOM_BLOCKS
 from albireo.training.plan import plan_run
@@ -38,20 +39,21 @@ class ReferenceInputs(NamedTuple):
     inputs: Inputs
 
 
-def reference_inputs(case: Case, device: torch.device) -> ReferenceInputs:
-    """Build the model of a case, and make its batches.
+def reference_inputs(case: Case, world: World) -> ReferenceInputs:
+    """Build the model of a case, and make this rank's batches.
 
     Args:
         case: what is measured.
-        device: where.
+        world: the ranks that share the batches.
     """
-    made = _of_pictures(case, device) if case.recipe == "vit" else _of_tokens(case, device)
+    layout = BatchLayout(case.batch_size, rank=world.rank, world_size=world.world_size)
+    made = (_of_pictures if case.recipe == "vit" else _of_tokens)(case, layout, world.device)
     if case.checkpointing:
         enable_activation_checkpointing(made.model, preserve_rng_state=False)
     return made
 
 
-def _of_tokens(case: Case, device: torch.device) -> ReferenceInputs:
+def _of_tokens(case: Case, layout: BatchLayout, device: torch.device) -> ReferenceInputs:
     choice = resolve_model(case.model, FAMILIES[case.recipe])
     config, _ = configure_model(choice, init="random", sequence_length=case.sequence_length)
     model = build_model(choice, config, init="random", seed=case.seed, device=device)
@@ -64,14 +66,15 @@ def _of_tokens(case: Case, device: torch.device) -> ReferenceInputs:
     data = RandomTokens(RANDOM_BLOCKS, case.sequence_length, model.config.vocab_size, case.seed)
 
     def inputs(number: int) -> dict[str, torch.Tensor]:
-        rows = samples_at(number * case.batch_size, case.batch_size, RANDOM_BLOCKS, case.seed)
+        first = number * layout.samples_per_step + layout.offset(0)
+        rows = samples_at(first, case.batch_size, RANDOM_BLOCKS, case.seed)
         ids = torch.stack([data[int(row)]["input_ids"] for row in rows]).to(device, non_blocking=True)
         return {"input_ids": ids, "labels": ids}
 
     return ReferenceInputs(model, inputs)
 
 
-def _of_pictures(case: Case, device: torch.device) -> ReferenceInputs:
+def _of_pictures(case: Case, layout: BatchLayout, device: torch.device) -> ReferenceInputs:
     # Nothing is written: the folder is only planned.
     config = resolved_config(
         plan_run(
@@ -85,7 +88,7 @@ def _of_pictures(case: Case, device: torch.device) -> ReferenceInputs:
         raise TypeError(f"expected pictures, not a {type(data).__name__}")
     model, _ = planned.build(data, config, device)
     # Made before the first step, as workers of a loader would have.
-    steps = data.steps(BatchLayout(case.batch_size), seed=case.seed, steps=case.warmup + case.steps, pin=False)
+    steps = data.steps(layout, seed=case.seed, steps=case.warmup + case.steps, pin=False)
     batches = [batch for (batch,) in steps]
     form = data.form
 

@@ -1,6 +1,6 @@
 """Loops as a careful user writes them by hand, in plain PyTorch, DDP, FSDP2 and accelerate: what Albireo is measured against.
 
-They use nothing of Albireo but the weights and the batches, which are the same for every system.
+They use nothing of Albireo but the weights and the batches, which are the same for every system. A process group is there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -65,11 +64,10 @@ def _ddp(case: Case, model: PreTrainedModel, inputs: Inputs) -> Iterator[_Step]:
     from torch.nn.parallel import DistributedDataParallel
 
     device = model.device
-    with _alone(device):
-        wrapped = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-        )
-        yield _plain_step(case, wrapped, inputs, device)
+    wrapped = DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+    yield _plain_step(case, wrapped, inputs, device)
 
 
 @contextmanager
@@ -95,45 +93,28 @@ def _accelerate(case: Case, model: PreTrainedModel, inputs: Inputs) -> Iterator[
 
 
 @contextmanager
-def _alone(device: torch.device) -> Iterator[None]:
-    """A process group of this process."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=dist.HashStore(),  # type: ignore[attr-defined]
-        rank=0,
-        world_size=1,
-    )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
 def _fsdp2(case: Case, model: PreTrainedModel, inputs: Inputs) -> Iterator[_Step]:
-    """FSDP2 over one rank: 16-bit compute copies of fp32 weights, gradients reduced in fp32, as its users run it."""
+    """FSDP2: 16-bit compute copies of fp32 weights, gradients reduced in fp32, as its users run it."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    with _alone(model.device):
-        policy = MixedPrecisionPolicy(param_dtype=_DTYPES[case.precision], reduce_dtype=torch.float32)
-        for _, block in family_of(model.config.model_type).blocks(model):
-            if case.compiled:
-                block.compile()
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-        optimizer = torch.optim.AdamW(_decay_groups(model), lr=LEARNING_RATE, fused=True)
+    policy = MixedPrecisionPolicy(param_dtype=_DTYPES[case.precision], reduce_dtype=torch.float32)
+    for _, block in family_of(model.config.model_type).blocks(model):
+        if case.compiled:
+            block.compile()
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    optimizer = torch.optim.AdamW(_decay_groups(model), lr=LEARNING_RATE, fused=True)
 
-        def step(number: int) -> torch.Tensor:
-            loss = model(**inputs(number)).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            result: torch.Tensor = loss.detach()
-            return result
+    def step(number: int) -> torch.Tensor:
+        loss = model(**inputs(number)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        result: torch.Tensor = loss.detach()
+        return result
 
-        yield step
+    yield step
 
 
 _Reference = Callable[[Case, PreTrainedModel, Inputs], AbstractContextManager[_Step]]

@@ -20,16 +20,17 @@ from rich.table import Table
 from albireo.bench.case import Case, CaseResult, name_of
 from albireo.bench.kept_rounds import KeptRounds
 from albireo.bench.measure import measure
+from albireo.bench.memory_curves import draw_memory
 from albireo.bench.page import page_of
 from albireo.bench.pictures import draw
-from albireo.bench.table import HEADERS, as_csv, as_markdown, ratios, rows_of_words
+from albireo.bench.table import HEADERS, as_csv, as_markdown, ratios, rows_of_words, scaling
 from albireo.errors import RunFolderError
 from albireo.training.run_folder import replace_file
 
 __all__ = ["combine", "run_cases"]
 
-_NOT_IN_TERMINAL = frozenset({"tokens/s", "spread", "TFLOP/s", "reserved GB"})
-_SAID_IF_DIFFERENT = frozenset({"model", "adapter"})
+_NOT_IN_TERMINAL = frozenset({"tokens/s", "spread", "TFLOP/s", "reserved GB", "moved GB"})
+_SAID_IF_DIFFERENT = frozenset({"model", "adapter", "GPUs"})
 
 
 def run_cases(cases: Sequence[Case], *, rounds: int, output: Path | None, reference: str) -> list[CaseResult]:
@@ -98,7 +99,7 @@ def combine(results: Sequence[CaseResult]) -> CaseResult:
         step_seconds=seconds,
         step_seconds_min=min(values("step_seconds_min")),
         step_seconds_max=max(values("step_seconds_max")),
-        samples_per_second=case.batch_size / seconds,
+        samples_per_second=case.samples_per_second(seconds),
         tokens_per_second=case.tokens_per_second(seconds),
         model_tflops=_scaled(results[0].model_tflops, (results[0].step_seconds or seconds) / seconds),
         rounds=len(results),
@@ -129,7 +130,8 @@ def _write(path: Path, results: Sequence[CaseResult], reference: str) -> None:
         "date": _today(),
         "reference": reference,
         "rows": [
-            result.row() | {"ratio": ratio} for result, ratio in zip(results, ratios(results, reference), strict=True)
+            result.row() | {"ratio": ratio, "scaling": scaling(result, results)}
+            for result, ratio in zip(results, ratios(results, reference), strict=True)
         ],
     }
     replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
@@ -137,7 +139,8 @@ def _write(path: Path, results: Sequence[CaseResult], reference: str) -> None:
 
 def _write_pictures(folder: Path, results: Sequence[CaseResult], reference: str) -> list[Path]:
     """Write all forms but JSON, and return what a person would open."""
-    pictures = draw(results)
+    memory = draw_memory(results)
+    pictures = draw(results) + ([] if memory is None else [memory])
     page = page_of(results, pictures, machine=_machine(results), command=_command(), date=_today(), reference=reference)
     files: dict[str, bytes] = {
         "bench.md": as_markdown(results, reference).encode(),

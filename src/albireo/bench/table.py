@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Sequence
 
 from albireo.bench.case import Case, CaseResult
 
-__all__ = ["HEADERS", "as_csv", "as_markdown", "number", "ratios", "rows_of_words"]
+__all__ = ["HEADERS", "as_csv", "as_markdown", "number", "ratios", "rows_of_words", "scaling", "short_number"]
 
 HEADERS = (
-    "system", "model", "adapter", "batch", "precision", "samples/s", "tokens/s", "step ms", "spread", "TFLOP/s",
-    "device GB", "reserved GB", "host GB", "ratio", "status",
+    "system", "model", "adapter", "GPUs", "batch", "precision", "samples/s", "tokens/s", "step ms", "spread", "TFLOP/s",
+    "device GB", "reserved GB", "host GB", "moved GB", "ratio", "scaling", "status",
 )  # fmt: skip
 _GB = 2**30
+_NO_NUMBERS = frozenset({"versions", "memory_over_step"})
 
 
 def ratios(results: Sequence[CaseResult], reference: str) -> list[float | None]:
@@ -32,13 +34,27 @@ def ratios(results: Sequence[CaseResult], reference: str) -> list[float | None]:
 
 def _ratio(result: CaseResult, results: Sequence[CaseResult], reference: str) -> float | None:
     def job(case: Case) -> tuple[object, ...]:
-        return case.recipe, case.model, case.adapter, case.batch_size, case.sequence_length
+        return case.recipe, case.model, case.adapter, case.batch_size, case.sequence_length, case.gpus
 
     beside = [other for other in results if other.case.system == reference and job(other.case) == job(result.case)]
     same = [other for other in beside if other.case.precision == result.case.precision] or beside
     if len(same) != 1 or not same[0].samples_per_second or result.samples_per_second is None:
         return None
     return result.samples_per_second / same[0].samples_per_second
+
+
+def scaling(result: CaseResult, results: Sequence[CaseResult]) -> float | None:
+    """Return a result's speed over that of as many times one rank of the same; None where that was not measured.
+
+    Args:
+        result: of several ranks.
+        results: what was measured.
+    """
+    if result.case.gpus == 1 or result.samples_per_second is None:
+        return None
+    one = dataclasses.replace(result.case, gpus=1)
+    alone = next((other.samples_per_second for other in results if other.case == one), None)
+    return result.samples_per_second / (result.case.gpus * alone) if alone else None
 
 
 def rows_of_words(results: Sequence[CaseResult], reference: str) -> list[tuple[str, ...]]:
@@ -56,6 +72,7 @@ def rows_of_words(results: Sequence[CaseResult], reference: str) -> list[tuple[s
                 case.system,
                 case.model,
                 case.adapter,
+                str(case.gpus),
                 str(case.batch_size),
                 case.precision,
                 number(result.samples_per_second, 1.0),
@@ -67,7 +84,9 @@ def rows_of_words(results: Sequence[CaseResult], reference: str) -> list[tuple[s
                 number(result.device_peak_bytes or None, 1 / _GB),
                 number(result.device_reserved_peak_bytes or None, 1 / _GB),
                 number(result.host_peak_bytes, 1 / _GB),
+                number(result.moved_bytes, 1 / _GB),
                 number(ratio, 1.0),
+                number(scaling(result, results), 1.0),
                 result.status if result.status == "ok" else f"{result.status.replace('_', ' ')}: {result.error}",
             )
         )
@@ -83,7 +102,8 @@ def as_markdown(results: Sequence[CaseResult], reference: str) -> str:
 def as_csv(results: Sequence[CaseResult], reference: str) -> str:
     """Return all values of all rows as CSV, unrounded: bytes, seconds."""
     rows = [
-        {name: value for name, value in result.row().items() if name != "versions"} | {"ratio": ratio}
+        {name: value for name, value in result.row().items() if name not in _NO_NUMBERS}
+        | {"ratio": ratio, "scaling": scaling(result, results)}
         for result, ratio in zip(results, ratios(results, reference), strict=True)
     ]
     content = io.StringIO()
@@ -91,6 +111,11 @@ def as_csv(results: Sequence[CaseResult], reference: str) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return content.getvalue()
+
+
+def short_number(value: float) -> str:
+    """Return a number with three digits or more, as `1,234` and `0.0123`."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def number(value: float | None, factor: float = 1.0, digits: int = 2) -> str:

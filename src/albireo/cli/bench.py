@@ -48,7 +48,8 @@ def _command(recipe: str) -> click.Command:
     )
     @click.option("--models", default="tiny", show_default=True, help="Sizes, with random weights.")
     @click.option("--adapters", default="none", show_default=True, help="none, lora, qlora8, qlora4: what is trained.")
-    @click.option("--batch-sizes", default="8", show_default=True, help="Samples per step.")
+    @click.option("--batch-sizes", default="8", show_default=True, help="Samples per step and GPU.")
+    @click.option("--gpus", default="1", show_default=True, help="Ranks, each with a GPU; 1,2 measures with both.")
     @click.option(
         "--precisions",
         help="fp32, fp16, bf16. Default: fp32 for plain data parallelism, fp16 for torch_ddp_fp16, else bf16.",
@@ -131,7 +132,7 @@ for _recipe in _MODELS:
 
 
 def _cases(
-    recipe: str, *, models: str, adapters: str, batch_sizes: str, precisions: str | None, **common: Any
+    recipe: str, *, models: str, adapters: str, batch_sizes: str, gpus: str, precisions: str | None, **common: Any
 ) -> list[Case]:
     from albireo.bench.case import Case, default_precision
 
@@ -147,14 +148,25 @@ def _cases(
             adapter=adapter,
             batch_size=size,
             precision=precision or default_precision(system),
+            gpus=ranks,
             **common,
         )
         for model in _words("--models", models)
         for adapter in _words("--adapters", adapters, choices["adapter"])
         for precision in wanted
+        for ranks in _gpus(gpus)
         for size in _whole_numbers("--batch-sizes", batch_sizes)
         for system in systems
     ]
+
+
+def _gpus(text: str) -> list[int]:
+    from albireo.device import detect_device_type, device_count
+
+    wanted = _whole_numbers("--gpus", text)
+    if detect_device_type() == "cuda" and max(wanted) > device_count():
+        raise ConfigError(f"--gpus {max(wanted)} asks for more than this machine has: {device_count()}")
+    return wanted
 
 
 def _systems(plugins: str | None, peers: str | None, systems: str | None, known: Sequence[str]) -> list[str]:
