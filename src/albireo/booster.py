@@ -19,11 +19,14 @@ from albireo.optim import OptimizerWrapper
 from albireo.plugins import Criterion, ModelWrapper, Plugin, TorchDDPPlugin
 from albireo.plugins.lora_door import LoraDoor
 from albireo.plugins.state_door import StateDoor
+from albireo.plugins.step_beginning import StepBeginning
 from albireo.sharding.weight_source import WeightSource
 
 __all__ = ["Booster", "StepOutput"]
 
 MicroBatch = Mapping[str, Any]
+# Of a step that runs out of memory.
+_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -222,20 +225,7 @@ class Booster(StateDoor, LoraDoor):
         batches, counts = _micro_batches(model, micro_batches, tokens)
         mine = sum(counts)
         factor = self._loss_factor(mine, len(batches))
-        sums = []
-        last = len(batches) - 1
-        try:
-            for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
-                with nullcontext() if index == last else self.plugin.accumulation_context(model):
-                    loss_sum = _loss_sum(model, self._to_device(batch), count)
-                    if index == last:
-                        optimizer.expect_step(max_norm)
-                    self.backward(loss_sum * factor, optimizer)
-                sums.append(loss_sum.detach())
-        except BaseException:
-            # What was added up so far must not go into the next step of a caller who takes a smaller batch instead.
-            optimizer.abandon_step()
-            raise
+        sums = self._backwards(model, optimizer, batches, [(count, factor) for count in counts], max_norm)
         try:
             if observe is not None:
                 observe("reduced")
@@ -250,6 +240,42 @@ class Booster(StateDoor, LoraDoor):
             lr_scheduler.step()
         optimizer.zero_grad()
         return StepOutput(torch.stack(sums).sum(), mine, norm)
+
+    def _backwards(
+        self,
+        model: ModelWrapper,
+        optimizer: OptimizerWrapper,
+        batches: Sequence[MicroBatch],
+        weights: Sequence[tuple[int, float]],
+        max_norm: float,
+    ) -> list[torch.Tensor]:
+        """Add up the gradients of all micro-batches, and return the losses' sums.
+
+        Where memory runs out and the plugin can do with less, all is made again, with the numbers it would have had.
+        """
+        last = len(batches) - 1
+        for left in reversed(range(_ATTEMPTS)):
+            beginning = StepBeginning(model.unwrap(), self.world.device) if self.plugin.repeats_steps else None
+            sums = []
+            try:
+                for index, (batch, (count, factor)) in enumerate(zip(batches, weights, strict=True)):
+                    with nullcontext() if index == last else self.plugin.accumulation_context(model):
+                        loss_sum = _loss_sum(model, self._to_device(batch), count)
+                        if index == last:
+                            optimizer.expect_step(max_norm)
+                        self.backward(loss_sum * factor, optimizer)
+                    sums.append(loss_sum.detach())
+            except BaseException as error:
+                # What was added up so far must not go into the next step of a caller who takes a smaller batch instead.
+                optimizer.abandon_step()
+                ran_out = isinstance(error, torch.OutOfMemoryError) and left > 0
+                if not ran_out or beginning is None or not beginning.is_unchanged or not self.plugin.make_room(model):
+                    raise
+            else:
+                break
+            # Only now: an error holds what was computed.
+            beginning.restore()
+        return sums
 
     def _loss_factor(self, tokens: int, micro_batches: int) -> float:
         """Return what turns this rank's sum into its part of the global mean; plugins average over ranks."""

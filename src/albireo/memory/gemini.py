@@ -12,7 +12,7 @@ from torch import nn
 
 from albireo.device.pool import DevicePool
 from albireo.distributed import World
-from albireo.errors import ConfigError
+from albireo.errors import ConfigError, OutOfMemoryError
 from albireo.memory.budget import Trace
 from albireo.memory.chunk import Chunk, States
 from albireo.memory.conductor import Conductor
@@ -35,6 +35,8 @@ from albireo.sharding.weight_source import WeightSource
 
 __all__ = ["Gemini", "Setting"]
 
+# What is kept free beside what was seen, for each time that it did not suffice.
+_MORE_EACH_TIME = 1.25
 # What the step of states on the device takes beside them: 16-bit gradients are cast in pieces of so many elements.
 _STEP_ELEMENTS = 40 * 2**20
 
@@ -142,6 +144,8 @@ class Gemini:
         self._step_bytes = 0 if setting.pool.is_simulated else 4 * min(elements, _STEP_ELEMENTS)
         self._elements = self._watched = 0
         self._accumulates = False
+        # How many times as much as was seen is kept free for what is not model data.
+        self._caution = 1.0
         # How often a step that goes another way than the trace is watched anew: one that goes two ways would be for ever.
         self._watches_left = 3
         self.placement = placement
@@ -202,6 +206,30 @@ class Gemini:
     def plan(self) -> dict[str, Any]:
         """Return what is where now, as JSON values; see `plan_data`."""
         return self._planner.data(self.placement, self._names, accumulates=self._accumulates)
+
+    def make_room(self) -> bool:
+        """Keep more of the device free than was seen to be needed: an allocation has failed, in a step that was abandoned.
+
+        Returns:
+            True if less of them stays there now, and no weight is half stepped: the step can be repeated. False over ranks
+            too, which would have to agree in the middle of a collective.
+        """
+        if self._trace is None or self._setting.world.world_size > 1 or self.manager.half_stepped:
+            return False
+        self._setting.say("memory     ran out in a step: less stays on the device from here on")
+        before, caution = self.placement, self._caution
+        self._caution *= _MORE_EACH_TIME
+        try:
+            self._apply(self._trace, accumulates=self._accumulates)
+        except OutOfMemoryError:  # nothing more can leave
+            self._caution = caution
+            return False
+        now = self.placement
+        return (now.states_on_device, now.resident, now.keeps) != (
+            before.states_on_device,
+            before.resident,
+            before.keeps,
+        )
 
     def kept_gradient_bytes(self) -> int | None:
         """Return what gradients that wait on the device for the step take at the end of backward.
@@ -271,7 +299,9 @@ class Gemini:
                 self._trace, self._elements = trace, self._watched
 
     def _apply(self, trace: Trace, *, accumulates: bool) -> None:
-        self.placement = self._planner.place(trace, accumulates=accumulates, may_stream=self._may_stream())
+        self.placement = self._planner.place(
+            self._planner.scaled(trace, self._caution), accumulates=accumulates, may_stream=self._may_stream()
+        )
         offload = self.gradients.offload
         for chunk in self.manager.apply(self.placement, self._optimizer):
             self.gradients.recall(chunk)

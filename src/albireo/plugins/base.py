@@ -44,6 +44,7 @@ class Plugin(ABC):
         fills_weights: it takes a model whose parameters have no memory, and fills them where they are to lie.
         say: takes a line for the user, where the plugin has decided something; None: nobody listens.
         takes_uneven_micro_batches: ranks may come to a step with different numbers of micro-batches.
+        repeats_steps: a step that has run out of memory may be made again, see `make_room`.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Plugin(ABC):
     needs_process_group: ClassVar[bool] = False
     fills_weights: ClassVar[bool] = False
     takes_uneven_micro_batches: ClassVar[bool] = False
+    repeats_steps: ClassVar[bool] = False
 
     def place(self, model: nn.Module, device: torch.device, weights: WeightSource | None) -> None:
         """Bring a model to the device before it is configured; parameters without memory get theirs there.
@@ -136,6 +138,17 @@ class Plugin(ABC):
             0, as here, where that is nothing, or not known; None where all memory is planned for another use.
         """
         return 0
+
+    def make_room(self, model: ModelWrapper) -> bool:
+        """Take less of the device from here on, after an allocation has failed in a step that was abandoned.
+
+        Args:
+            model: the wrapped model.
+
+        Returns:
+            True if there is more room now, and the step can be made again with the numbers it would have had.
+        """
+        return False
 
     @abstractmethod
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:

@@ -93,6 +93,7 @@ class GeminiPlugin(PartsPlugin):
 
     name = "gemini"
     fills_weights = True
+    repeats_steps = True
 
     def __init__(  # noqa: PLR0913  the arguments are those that scripts pass
         self,
@@ -212,6 +213,10 @@ class GeminiPlugin(PartsPlugin):
     def gradient_bytes(self, model: ModelWrapper) -> int | None:
         """See the base class: where chunks come and go, memory is planned to the last byte."""
         return model.gemini.kept_gradient_bytes() if isinstance(model, _GeminiModel) else None
+
+    def make_room(self, model: ModelWrapper) -> bool:
+        """See the base class: states and weights that stayed on the device leave it."""
+        return isinstance(model, _GeminiModel) and model.gemini.make_room()
 
     def no_sync(self, model: ModelWrapper) -> AbstractContextManager[None]:
         """See the base class: there is no room for whole gradients, so each micro-batch's go where they are stepped."""
